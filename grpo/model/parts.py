@@ -91,9 +91,6 @@ class FlatShards(Shards):
         copies = Ranks() if self._parts.is_silent else self._parts.copies
         return [(parts, copies), ([path for path in paths if path not in set(parts)], ranks)]
 
-    def whole(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        return {path: self.whole_of(path, array) for path, array in arrays.items()}
-
     def part_of(self, path: str, array: mx.array) -> mx.array:
         if self._base(path) is None or not array.ndim:
             return array
@@ -104,7 +101,6 @@ class FlatShards(Shards):
         return self._parts.part_of(array)
 
     def whole_of(self, path: str, array: mx.array) -> mx.array:
-        """The whole of everybody's parts; of what is whole, itself."""
         base = self._base(path)
         if base is None or not array.ndim:
             return array

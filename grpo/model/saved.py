@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,13 +167,13 @@ def _arrays(file: Path) -> SavedArrays:
         mx.eval(arrays)
     except (OSError, RuntimeError) as error:
         raise UserError(f"adapter {file.parent}: cannot be read: {one_line(error)}") from error
-    check_finite(arrays, f"adapter {file.parent}")
+    check_finite(arrays.items(), f"adapter {file.parent}")
     return dict(arrays)
 
 
-def check_finite(state: Mapping[str, mx.array], what: str) -> None:
+def check_finite(arrays: Iterable[tuple[str, mx.array]], what: str) -> None:
     """Raise UserError if an array holds NaN or infinities: a model that computes with it answers nonsense."""
-    for path, array in state.items():
+    for path, array in arrays:
         if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
             odd: Any = (~mx.isfinite(array)).sum().item()
             raise UserError(

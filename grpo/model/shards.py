@@ -67,13 +67,12 @@ class Shards:
 
         All processes of the group must ask, for the same arrays.
         """
-        if self.ranks.size == 1:
-            return dict(arrays)
-        joined = {}
-        for path, array in arrays.items():
-            axis = self._axis(path)
-            joined[path] = array if axis is None or not array.ndim else self.ranks.join(array, axis)
-        return joined
+        return {path: self.whole_of(path, array) for path, array in arrays.items()}
+
+    def whole_of(self, path: str, array: mx.array) -> mx.array:
+        """The whole array of everybody's parts; an array that is not divided, as it is."""
+        axis = self._axis(path)
+        return array if axis is None or not array.ndim else self.ranks.join(array, axis)
 
     def outlines(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Arrays of the shapes and dtypes of the whole arrays, never to be computed."""

@@ -172,8 +172,11 @@ def _unit(most: int | None) -> int:
     return unit
 
 
-def measure_footprint(policy: Policy, checkpointing: bool) -> Footprint:
-    """The footprint of this policy's gradient, with or without gradient checkpointing."""
+def measure_footprint(policy: Policy, checkpointing: bool, memory: int | None = None) -> Footprint:
+    """The footprint of this policy's gradient, with or without gradient checkpointing.
+
+    `memory`: bytes that the measuring itself may take. None: as many as the machine has.
+    """
     shapes = probes(_unit(policy.most_pairs))
     token, pair = line_through(
         [extent(shape, policy.share_prompts, checkpointing) for shape in shapes],
@@ -187,14 +190,14 @@ def measure_footprint(policy: Policy, checkpointing: bool) -> Footprint:
     depth = len(policy.model.layers)
     limits = policy.most_pairs, MOST_COPIES[on_gpu()]
     found = Footprint(fixed, token, pair, *rows, policy.share_prompts, checkpointing, head, depth, *limits)
-    return replace(found, alone=_of_long_rows(policy, token)) if checkpointing else found
+    return replace(found, alone=_of_long_rows(policy, token, memory)) if checkpointing else found
 
 
-def _of_long_rows(policy: Policy, token: float) -> tuple[float, float] | None:
+def _of_long_rows(policy: Policy, token: float, memory: int | None) -> tuple[float, float] | None:
     """The linear model (constant, per token) from two measured long rows. None if attention keeps scores, or if there
     is not enough memory to measure."""
     longest = mx.get_active_memory() + token * LONG_ROWS[1]
-    if not (cuda.available() and policy.packs) or longest > memory_bytes():
+    if not (cuda.available() and policy.packs) or longest > (memory_bytes() if memory is None else memory):
         return None
     shapes = [Shape(1, length, 1, length, lines=1, width=length, alone=True) for length in LONG_ROWS]
     less, more = measure_body(policy, True, shapes)

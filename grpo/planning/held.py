@@ -30,7 +30,8 @@ class Held:
     head        bytes that a widened head needs while it computes
     quantized   whether the model is quantized
     whole       additional bytes while spread weights are whole
-    saved       additional bytes of the optimizer's whole state while a checkpoint of spread weights is made
+    saved       additional bytes while a checkpoint of spread weights is written: the largest array of the optimizer's
+                state, joined, and in its shape
     """
 
     parameters: int
@@ -70,7 +71,7 @@ def held_spread(optim: OptimConfig, adapter: AdapterConfig, spread: Spread, stat
         head=whole.head,
         quantized=whole.quantized,
         whole=more["weights"] + more["other states"],
-        saved=whole.stays["optimizer"] if more["optimizer"] else 0,
+        saved=2 * 4 * max((place.size for place in spread.shards.places.values()), default=0),
     )
 
 

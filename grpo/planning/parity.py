@@ -30,7 +30,7 @@ from grpo.training.packing import Packing
 from grpo.types import Group, Rollout, Task
 
 TOKENS, GENERATIONS = 16, 2
-SHOWN = 0.1, 10.0, 3.0
+SHOWN = 0.1, 10.0, 1.0
 """How far the random B should move logprobs on average: at least this many nats, or this many times the bound if that
 is more; and at most this many nats. A larger move distorts the model, and its rounding errors grow."""
 FIRST_B, TRIES = 0.05, 10
@@ -142,16 +142,20 @@ def _measured(
 
 @contextmanager
 def _moved(policy: Policy, seed: int, size: float | None) -> Iterator[None]:
-    """Inside the block, add `size` × a normal random number to each number of B. With None, change nothing."""
+    """Inside the block, add `size` × a normal random number to each number of B. With None, change nothing.
+
+    Processes that share a model draw the whole B and take their parts, so that any number of processes checks the same
+    policy.
+    """
     if size is None:
         yield
         return
     state = policy.adapters.state()
-    paths = [path for path in state if path.endswith("lora_b")]
+    paths, shards = [path for path in state if path.endswith("lora_b")], policy.adapters.shards
     keys = mx.random.split(derive_key(seed, "parity", 1), len(paths))
     for path, key in zip(paths, keys, strict=True):
-        drawn = size * mx.random.normal(state[path].shape, key=key)
-        state[path] = (state[path] + drawn).astype(state[path].dtype)
+        whole = mx.random.normal(shards.shape(path, state[path]), key=key)
+        state[path] = (state[path] + size * shards.part_of(path, whole)).astype(state[path].dtype)
     policy.adapters.add(TRIED, state)
     try:
         with policy.use(TRIED):

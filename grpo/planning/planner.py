@@ -124,7 +124,7 @@ class Planner:
 
     def _measured(self, checkpointing: bool) -> Footprint:
         with silent(self.policy.model):
-            found = measure_footprint(self.policy, checkpointing)
+            found = measure_footprint(self.policy, checkpointing, self.machine.memory)
         return found if self.policy.spread is None else spread_footprint(found, self.policy.spread)
 
     def _alone(self) -> AbstractContextManager[None]:

@@ -11,12 +11,13 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
 from grpo import __version__
 from grpo.errors import UserError
+from grpo.model.joined import Joined, write_joined
 from grpo.model.saved import CONFIG, check_finite
 from grpo.runs.state import RunState
 from grpo.training.state import Arrays
@@ -124,6 +125,9 @@ def versions() -> dict[str, str]:
 
 
 def _save_arrays(path: Path, arrays: Arrays) -> None:
+    if isinstance(arrays, Joined):
+        write_joined(path, arrays)
+        return
     try:
         mx.save_safetensors(str(path), dict(sorted(arrays.items())))  # sorted: equal states make equal files
     except RuntimeError as error:  # MLX raises this for a disk that is full or gone
@@ -219,9 +223,10 @@ def load_checkpoint(checkpoint: Path) -> tuple[RunState, Context]:
     arrays: dict[str, Any] = {
         name.removesuffix(ARRAYS): mx.load(str(checkpoint / name)) for name in plain["files"] if name.endswith(ARRAYS)
     }
-    mx.eval(arrays)  # read now: the files may be replaced later
-    for name, state in arrays.items():
-        check_finite(state, f"checkpoint {checkpoint}: {name}{ARRAYS}")
+    for name in arrays:  # each file is open from now on, and may be replaced
+        read = cast("dict[str, mx.array]", mx.load(str(checkpoint / f"{name}{ARRAYS}")))
+        one_by_one = ((path, read.pop(path)) for path in list(read))
+        check_finite(one_by_one, f"checkpoint {checkpoint}: {name}{ARRAYS}")
     context = Context(
         recipe=(checkpoint / RECIPE).read_text(encoding="utf-8"),
         sources=plain["sources"],

@@ -284,6 +284,7 @@ class Loop:
                     self._write_here(state)
             except OSError as raised:
                 error = raised
+            state.trainer.finish()
             if trainer.divided:  # all processes must agree on whether to save again
                 error = self.ranks.everyone.gather(error)[0]
             if error is not None:

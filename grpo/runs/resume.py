@@ -88,7 +88,7 @@ class Start:
         if self.state is None:
             check_begins(trainer.tasks)
             return RunState(run_id=_new_id(), trainer=TrainerState({}, trainer.counts()))  # the trainer has the arrays
-        trainer.load_state(self.state.trainer)
+        trainer.load_state(self.state.trainer, consume=True)
         return self.state
 
     def folder(self) -> AbstractContextManager[Path]:

@@ -189,9 +189,9 @@ class ApartTrainer(Trainer):
         counts["scorer"] = next(one for one in gathered if one is not None)
         return counts if self.ahead is None else {**counts, AHEAD: self.ahead.plain()}
 
-    def load_state(self, state: TrainerState) -> None:
+    def load_state(self, state: TrainerState, consume: bool = False) -> None:
         """See `Trainer.load_state`."""
-        super().load_state(state)
+        super().load_state(state, consume)
         arrays = state.arrays.get(AHEAD)
         self.ahead = Ahead.loaded(arrays, state.counts[AHEAD], self.scorer) if arrays else None
 

@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from grpo.errors import UserError
 from grpo.model.adapters import REFERENCE
+from grpo.model.joined import Joined
 
 Arrays = Mapping[str, mx.array]
 
@@ -35,6 +36,12 @@ class TrainerState:
     def without_groups(self) -> TrainerState:
         """The state without kept groups."""
         return TrainerState({key: arrays for key, arrays in self.arrays.items() if key not in OF_GROUPS}, self.counts)
+
+    def finish(self) -> None:
+        """Read the arrays that other processes wait for. See `Joined`."""
+        for arrays in self.arrays.values():
+            if isinstance(arrays, Joined):
+                arrays.finish()
 
     def check_fits(self, other: TrainerState) -> None:
         """Raise UserError if this state does not fit the trainer that `other` is a state of.

@@ -15,6 +15,7 @@ from grpo.backend.ranks import Ranks
 from grpo.config import Recipe
 from grpo.data.source import Source, checked_source, taken
 from grpo.generation.tally import speculation_metrics
+from grpo.model.joined import Joined
 from grpo.model.policy import Policy
 from grpo.objective.groups import has_variance, with_advantages, with_rewards
 from grpo.objective.loss import CustomLoss
@@ -224,8 +225,8 @@ class Trainer:
     def arrays(self, outlines: bool = False) -> dict[str, Arrays]:
         """The current trained arrays, whole, by checkpoint file and then by path.
 
-        If they are `divided`, all processes must call this. With `outlines`, the optimizer's arrays have only shapes
-        and dtypes.
+        If they are `divided`, all processes must call this, and read the optimizer's arrays as `Joined` describes. With
+        `outlines`, the optimizer's arrays have only shapes and dtypes.
         """
         optimizer: Arrays = tree_flatten(self.update.optimizer.state, destination={})
         shards = self.policy.shards
@@ -233,9 +234,13 @@ class Trainer:
         return {
             "adapters": adapters.whole_state(),
             **({"reference": adapters.whole_state("reference")} if kept else {}),
-            "optimizer": shards.outlines(optimizer) if outlines else shards.whole(optimizer),
+            "optimizer": shards.outlines(optimizer) if outlines else self._whole(optimizer),
             **({OLDER: older} if (older := self.older.arrays()) else {}),
         }
+
+    def _whole(self, optimizer: Arrays) -> Arrays:
+        shards = self.policy.shards
+        return optimizer if shards.ranks.size == 1 else Joined(shards, optimizer)
 
     def counts(self) -> dict[str, Any]:
         """The counters of the source, the scorer and the updates, as JSON values."""
@@ -246,19 +251,25 @@ class Trainer:
             "steps_without_signal": self.update.steps_without_signal,
         }
 
-    def load_state(self, state: TrainerState) -> None:
+    def load_state(self, state: TrainerState, consume: bool = False) -> None:
         """Continue from the state of a trainer with the same recipe.
 
-        Moments may be in another form than this trainer's (`optim.moments`). Raises UserError if the arrays differ
-        otherwise in names or shapes.
+        Moments may be in another form than this trainer's (`optim.moments`). `consume`: take the optimizer's arrays out
+        of `state`, so that a process which keeps parts of them holds one whole array at a time.
+
+        Raises UserError if the arrays differ otherwise in names or shapes.
         """
-        optimizer = self.update.optimizer.fitted(state.arrays.get("optimizer", {}))
-        state = replace(state, arrays={**state.arrays, "optimizer": optimizer})
-        state.check_fits(TrainerState(self.arrays(outlines=True), self.counts()))
+        saved = state.arrays.get("optimizer", {})
+        optimizer = self.update.optimizer.fitted(saved)
+        fitted = replace(state, arrays={**state.arrays, "optimizer": optimizer})
+        fitted.check_fits(TrainerState(self.arrays(outlines=True), self.counts()))
+        if consume and isinstance(saved, dict):
+            saved.clear()
         adapters = self.policy.adapters
-        parts = {name: adapters.shards.part(arrays) for name, arrays in state.arrays.items() if name not in OF_GROUPS}
-        parts["optimizer"] = self.policy.shards.part(state.arrays["optimizer"])
-        mx.eval(parts["optimizer"])
+        whole = {name: arrays for name, arrays in state.arrays.items() if name not in (*OF_GROUPS, "optimizer")}
+        parts = {name: adapters.shards.part(arrays) for name, arrays in whole.items()}
+        parts["optimizer"] = {path: self._part(path, optimizer.pop(path)) for path in list(optimizer)}
+        mx.eval(parts)
         adapters.load_state(parts["adapters"])
         if "reference" in parts:
             adapters.add("reference", parts["reference"])
@@ -269,6 +280,11 @@ class Trainer:
         self.tasks.load_state(state.counts["tasks"])
         scorer = state.counts["scorer"]
         self.scorer.load_state(scorer if self.keeps_records else {**scorer, "records": {}})
+
+    def _part(self, path: str, whole: mx.array) -> mx.array:
+        part = self.policy.shards.part_of(path, whole)
+        mx.eval(part)
+        return part
 
     @property
     def keeps_records(self) -> bool:

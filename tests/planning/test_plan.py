@@ -167,9 +167,10 @@ def test_what_a_step_of_several_updates_can_be_taken_back_to_is_counted() -> Non
 def test_only_what_is_come_to_is_measured(monkeypatch) -> None:
     measured, measure = [], planner.measure_footprint
     monkeypatch.setattr(choosing, "MUCH", 10**6)  # the toy would fit by far
-    monkeypatch.setattr(planner, "measure_footprint", lambda *asked: measured.append(asked[1]) or measure(*asked))
+    monkeypatch.setattr(planner, "memory_bytes", lambda: 2**30)
+    monkeypatch.setattr(planner, "measure_footprint", lambda *asked: measured.append(asked[1:]) or measure(*asked))
     assert not planned()[2].checkpointing
-    assert measured == [False]
+    assert measured == [(False, planner.allowed(None))]  # without checkpoints, within the run's memory
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_a_model_is_called_as_it_was_asked_for(run: Path) -> None:
     for name in ("toy", "toy@1", "base"):
         assert service.model(name)["id"] == name
         assert service.model(name) in service.models()["data"]
-    with pytest.raises(Refusal, match=r"no model 'gpt-4o'\. Use model='toy' or '.*'\. /v1/models lists all\.$"):
+    with pytest.raises(Refusal, match=r"no model 'gpt-4o'\. Use model='toy' or '.*'\. /v1/models lists all models\.$"):
         service.model("gpt-4o")
     service.close()
 

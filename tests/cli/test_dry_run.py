@@ -25,8 +25,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     ("override", "said"),
     [
         ("log.use=[nofile.py:log]", "logger 'nofile.py:log': there is no file nofile.py"),
-        ("log.use=[mine.py:lg]", "mine.py:lg': no function 'lg' there. Did you mean 'log'?"),
-        ("log.use=[mine.py:two]", "mine.py:two': missing a required argument: 'b'; it is called with one"),
+        ("log.use=[mine.py:lg]", "mine.py:lg': no function 'lg' in it. Did you mean 'log'?"),
+        ("log.use=[mine.py:two]", "mine.py:two': missing a required argument: 'b'; grpo calls it with one"),
     ],
 )
 def test_a_logger_is_looked_for_before_the_model_is_loaded(run_cli, recipe, override: str, said: str) -> None:

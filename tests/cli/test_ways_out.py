@@ -40,7 +40,7 @@ def test_a_dry_run_ends_with_its_result(recipe, run_cli) -> None:
     Path("digits.py").write_text("def reward(completions, **_):\n    return [1.0]\n")
     failed = run_cli("train", recipe, "--dry-run")
     assert (failed.code, "all checks passed" in failed.out) == (2, False)
-    assert "1 score for 4 completions; a reward returns one for each" in failed.err
+    assert "1 score for 4 completions; a reward returns one score per completion" in failed.err
 
 
 def test_a_finished_run_that_is_resumed_says_how_to_train_further(recipe, run_cli) -> None:
@@ -48,9 +48,9 @@ def test_a_finished_run_that_is_resumed_says_how_to_train_further(recipe, run_cl
     again = run_cli("train", recipe, "--resume")
     assert again.code == 0
     assert "no steps left to train: optim.steps is 2, and" in again.out
-    assert "raise optim.steps" in again.out
-    assert "nothing was trained: the run had finished after step 2\n" in again.out
-    assert "goes on after" not in again.out
+    assert "set optim.steps to more" in again.out
+    assert "nothing was trained: the run had already finished after step 2\n" in again.out
+    assert "resumes after" not in again.out
     further = run_cli("train", recipe, "optim.steps=3", "--resume-changed")
     assert "resumes after step 2 from" in further.out
     assert "finished after step 3\n" in further.out

@@ -214,7 +214,7 @@ def test_commands_take_the_run_as_far_as_they_can(short, run_cli) -> None:
     assert run_cli("export", "run", "--format", "mlx").code == 0
     ran = run_cli("eval", "run")
     assert ran.code == 2
-    assert "'__main__:mine': this was a Python object of the session that made the run" in ran.err
+    assert "'__main__:mine': this was a Python object in the session that created the run" in ran.err
 
 
 @pytest.mark.parametrize("form", ["list", "dataset", "pandas", "generator", "file"])

@@ -83,7 +83,7 @@ def test_a_run_without_a_task_to_begin_with_is_refused_by_its_rehearsal(recipe, 
     sources = "data={sources: [{source: train.jsonl, prompt: '{question}'}]}" if "sources" in where else "optim.steps=2"
     ran = run_cli("train", recipe, "--dry-run", sources, f"{where}.curriculum={{unseen: 0}}")
     assert ran.code == 2
-    assert "no task is left to draw: all pools that have tasks (4 unseen) have the weight 0" in ran.err
+    assert "no task is left to draw: all pools with tasks (4 unseen) have the weight 0" in ran.err
     assert "all checks passed" not in ran.out
 
 

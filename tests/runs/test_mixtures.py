@@ -240,7 +240,7 @@ def test_the_first_tasks_are_of_all_sources(mixed: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("data.sources.1.rewards=[word]", r"'spell': the recipe has no reward 'word'; .*Did you mean 'words'"),
+        ("data.sources.1.rewards=[word]", r"'spell': the recipe has no reward 'word'\. .*Did you mean 'words'"),
         ("data.sources.1.rewards=null", r"reward 'sums'.*'answer'.*columns of the source 'spell'"),
         ("data.sources.1.rewards=[length]", r"reward 'words' does nothing: each of data\.sources names its rewards"),
         (
@@ -257,7 +257,10 @@ def test_the_first_tasks_are_of_all_sources(mixed: Path) -> None:
             r"data\.sources\.1\.name: expected a name in one line, without slashes, other than data and eval",
         ),
         ("data.sources.1.name=' '", r"data\.sources\.1\.name: expected a name in one line"),
-        ("data.sources.1.source='*/*.jsonl'", r"data\.sources\.1 would be called '\*/\*\.jsonl': give it a name"),
+        (
+            "data.sources.1.source='*/*.jsonl'",
+            r"data\.sources\.1 would get the name '\*/\*\.jsonl', which metrics cannot use",
+        ),
         ("data.window=5", r"data\.window does nothing: it is for sources with streaming"),
         (
             "data.sources.1={streaming: true, source: spell.jsonl, curriculum: {}}",

@@ -63,8 +63,8 @@ def client(toy_folder: Path) -> Iterator[Any]:
             "or a schema: leave",
         ),
         (CHAT, {"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "the model decides"),
-        (CHAT, {"tools": [TOOL]}, "tools", "does not tell the model of tools"),
-        (CHAT, {"tools": [TOOL] * 129}, "tools", "expected at most 128 items, got 129"),
+        (CHAT, {"tools": [TOOL]}, "tools", "does not show tools to the model"),
+        (CHAT, {"tools": [TOOL] * 129}, "tools", "expected at most 128 items, and there are 129"),
         (CHAT, {"tools": [{"type": "function"}]}, "tools.0.function", ""),
         (CHAT, {"tools": [{"type": "function", "function": {}}]}, "tools.0.function", "name: Field required"),
         (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools.0", "cannot force"),
@@ -120,7 +120,7 @@ def test_a_field_of_openai_s_that_looks_similar_is_no_slip(client: Any) -> None:
 
 def test_an_environment_is_no_advice_for_a_client(client: Any) -> None:
     said = client.post(CHAT, json={**ASKED, "tools": [TOOL]}).json()["error"]["message"]
-    assert said.endswith("GLM-4.5 and gpt-oss have such)")
+    assert said.endswith("GLM-4.5, or gpt-oss)")
 
 
 def test_an_unknown_model_a_wrong_type_and_a_wrong_path(client: Any) -> None:

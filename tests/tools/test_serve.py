@@ -163,7 +163,7 @@ def test_an_adapter_that_does_not_fit_ends_it_with_2_however_often(run: Path, to
 
 def test_a_run_at_a_step_is_for_clients_to_ask_for(run: Path, run_cli: Any) -> None:
     ran = run_cli("serve", f"{run}@3")
-    said = "runs/toy@3: a step is for clients to choose: serve runs/toy, and let them ask for model toy@3"
+    said = "runs/toy@3: clients choose the step: serve runs/toy, and request model toy@3"
     assert (ran.code, ran.err) == (2, f"grpo: {said}\n")
 
 
@@ -232,7 +232,7 @@ def test_a_signal_while_the_model_loads_ends_it_at_once(toy_folder: Path, number
     assert process.stdout.readline() == "loading\n"
     process.send_signal(number)
     _, said = process.communicate(timeout=20)
-    assert (process.returncode, said) == (128 + number, "grpo: stopped at once\n")
+    assert (process.returncode, said) == (128 + number, "grpo: stopped immediately\n")
 
 
 @pytest.mark.slow

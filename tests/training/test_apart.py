@@ -307,7 +307,7 @@ def test_other_numbers_of_processes_are_refused_and_so_are_groups_that_cannot_be
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        (("model.shard=tensor",), "with model.shard several processes hold one model"),
+        (("model.shard=tensor",), "with model.shard several processes share one model"),
         (("rollout.dynamic_sampling=1",), "dynamic_sampling chooses prompts by the rewards"),
         (("rollout.reuse=1",), "completions are one step old"),
         (("teacher={adapter: saved}",), "on-policy distillation"),

@@ -96,7 +96,7 @@ def test_two_groups_of_two_processes_are_two_processes(recipe: Path) -> None:
 def test_a_ring_makes_no_groups_and_says_so(recipe: Path) -> None:
     ran = launch(4, *CLI, recipe, "model.shard=tensor", "model.shard_size=2")
     said = ran.stdout + ran.stderr
-    assert "this backend of MLX cannot make groups of them" in said
+    assert "this MLX backend cannot form groups of processes" in said
     assert "Set model.shard_size to 4" in said
     assert "Traceback" not in said
 
@@ -122,7 +122,9 @@ def test_processes_make_groups_or_say_why_not() -> None:
     with pytest.raises(UserError, match="this is one process"):
         Ranks().divided(4)
     for size in (3, 8):
-        with pytest.raises(UserError, match=f"model.shard_size: {size} .* 4 processes make no whole number"):
+        with pytest.raises(
+            UserError, match=f"model.shard_size: {size} .* 4 processes cannot be divided into such groups"
+        ):
             Several(4).divided(size)
     whole = Several(4).divided(None)
     assert (whole.size, whole.shard.size, whole.own, whole.first) == (1, 4, (), True)

@@ -116,7 +116,7 @@ def test_a_limit_above_what_the_machine_has_is_refused(run_cli) -> None:
 
 
 def test_a_model_that_is_quantised_already_is_refused_as_when_it_is_loaded() -> None:
-    with pytest.raises(UserError, match=r"model\.quantize: .* is quantised already, to 4 bits"):
+    with pytest.raises(UserError, match=r"model\.quantize: .* is already quantized, to 4 bits"):
         report(of_8b(model={"name": EIGHT_B, "quantize": 4}), 80 * GB, "cuda")
 
 

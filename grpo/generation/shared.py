@@ -192,7 +192,7 @@ class SharedPrefixSession:
 
 def _joined(first: KeysValues, second: KeysValues) -> KeysValues:
     """Keys and values of some tokens, followed by those of the next tokens."""
-    keys, values = (mx.concatenate(pair, axis=2) for pair in zip(first, second, strict=True))
+    keys, values = (mx.concatenate(list(pair), axis=2) for pair in zip(first, second, strict=True))
     return keys, values
 
 

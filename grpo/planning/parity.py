@@ -144,7 +144,7 @@ def _measured(
 def _moved(policy: Policy, seed: int, size: float | None) -> Iterator[None]:
     """Inside the block, add `size` × a normal random number to each number of B. With None, change nothing.
 
-    Processes that hold a model together draw the whole B and take their parts: any number of processes checks the same
+    Processes that share a model draw the whole B and take their parts, so that any number of processes checks the same
     policy.
     """
     if size is None:

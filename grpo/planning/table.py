@@ -54,6 +54,6 @@ def _why_it_comes(name: str, plan: Plan, load: Workload) -> str:
             together = ", if both peak simultaneously" if plan.lanes == 2 else ""
             return f"activations: {plan.rows_at_once}{plan.checkpointed}{together}"
         case "checkpoint":
-            return "weights and optimizer state, gathered from all processes"
+            return "whole weights, and one array of the optimizer's state at a time"
         case _:
             return "the gradient, and temporary arrays of the update"

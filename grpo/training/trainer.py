@@ -225,7 +225,7 @@ class Trainer:
     def arrays(self, outlines: bool = False) -> dict[str, Arrays]:
         """The current trained arrays, whole, by checkpoint file and then by path.
 
-        If they are `divided`, all processes must call this, and read the optimizer's arrays as `Joined` says. With
+        If they are `divided`, all processes must call this, and read the optimizer's arrays as `Joined` describes. With
         `outlines`, the optimizer's arrays have only shapes and dtypes.
         """
         optimizer: Arrays = tree_flatten(self.update.optimizer.state, destination={})

@@ -72,7 +72,7 @@ def test_less_memory_means_smaller_micro_batches_and_checkpoints_and_then_a_refu
     with pytest.raises(TooLargeError) as refused:
         planner(0.02 * ample.total / 2**30).plan()
     said = re.search(
-        r"needs \d+ [kM]B, and memory\.limit_gb allows \d+ [kM]B\. .* a higher memory\.limit_gb\.", str(refused.value)
+        r"needs \d+ [kM]B, but memory\.limit_gb allows \d+ [kM]B\. .* a higher memory\.limit_gb\.", str(refused.value)
     )
     assert said
     assert refused.value.needed > 0.02 * ample.total

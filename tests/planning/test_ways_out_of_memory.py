@@ -71,6 +71,6 @@ def test_offloaded_inputs_must_have_room_in_the_other_memory() -> None:
 
     with pytest.raises(TooLargeError, match=r"moves 3\.\d GB of layers' inputs to the host's memory, which has room"):
         replace(tight, load=longer().load).plan()
-    assert any(f"of {size_of(room)} in the machine's own memory" in line for line in longer().report(plan))
+    assert any(f"of {size_of(room)} in the host's memory" in line for line in longer().report(plan))
     ways = ways_out(tight.draft(longer().load), longer().load)
     assert ways == ["a smaller rollout.max_completion_length or data.max_prompt_length", "a smaller model"]

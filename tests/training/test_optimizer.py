@@ -125,8 +125,8 @@ def test_compiled_as_on_a_gpu_every_optimizer_does_the_same(monkeypatch, name: s
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"optimizer": "sgd", "optimizer_args": {"momentun": 0.9}}, "sgd takes no 'momentun' here; it has momentum"),
-        ({"optimizer": "adam", "optimizer_args": {"weight_decay": 0.1}}, "that is optim.weight_decay"),
+        ({"optimizer": "sgd", "optimizer_args": {"momentun": 0.9}}, "sgd takes no 'momentun' here; it takes momentum"),
+        ({"optimizer": "adam", "optimizer_args": {"weight_decay": 0.1}}, "set optim.weight_decay"),
         ({"optimizer": "adam", "weight_decay": 0.1}, "weight_decay does nothing with adam"),
         ({"optimizer": "adamw", "optimizer_args": {"betas": [2.0, 0.9]}}, "beta1"),
     ],

@@ -281,8 +281,8 @@ MATTERS: dict[str, tuple[str, ...]] = {
 }
 
 REFUSED: list[tuple[str, str, tuple[str, ...]]] = [
-    ("environment.max_tool_calls=3", "environment.max_tool_calls does nothing: Doubts has nothing to call", TALK),
-    ("environment.thinking=drop", "environment.thinking: drop drops nothing", TALK),
+    ("environment.max_tool_calls=3", "environment.max_tool_calls does nothing: Doubts offers no tools", TALK),
+    ("environment.thinking=drop", "environment.thinking: drop has no effect", TALK),
     ("environment.thinking=drop", "environment.thinking: drop does nothing", TOOL),
     ("environment.kwargs={a: 1}", "kwargs does nothing without use", TOOL),
     ("environment.kwargs={turns: 1}", "kwargs does nothing with command", RUNS),
@@ -295,11 +295,11 @@ REFUSED: list[tuple[str, str, tuple[str, ...]]] = [
     ("model.revision=main", "model.revision is for Hub repositories", ()),
     ("model.revision=main", "model.revision does nothing with builtin:", ("model.name=builtin:arithmetic-student",)),
     ("model.head_dtype=model", "model.head_dtype does nothing with model.dtype: float32", ("model.dtype=float32",)),
-    ("model.shard=tensor", "model.shard divides a model among processes, and this is one process", ()),
-    ("model.shard=fsdp", "model.shard divides a model among processes, and this is one process", ()),
+    ("model.shard=tensor", "model.shard divides a model among processes, but this is a single process", ()),
+    ("model.shard=fsdp", "model.shard divides a model among processes, but this is a single process", ()),
     ("model.shard_size=2", "model.shard_size does nothing without model.shard", ()),
-    ("ranks.sample=2", "ranks: sample: 2 and train: 1 are 3 processes, and this is one process", APART),
-    ("ranks.train=2", "ranks: sample: 1 and train: 2 are 3 processes, and this is one process", APART),
+    ("ranks.sample=2", "ranks: sample: 2 and train: 1 need 3 processes, but this is a single process", APART),
+    ("ranks.train=2", "ranks: sample: 1 and train: 2 need 3 processes, but this is a single process", APART),
     ("teacher.model.shard=tensor", "every process holds the whole teacher", ("teacher.model.name=other",)),
     ("teacher.model.shard_size=2", "model.shard_size does nothing without model.shard", ("teacher.model.name=other",)),
     ("teacher.model.revision=main", "model.revision is for Hub repositories", ("teacher.model.name=other",)),

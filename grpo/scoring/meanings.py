@@ -14,7 +14,8 @@ MEANINGS: dict[str, dict[str, str]] = {
         "five metrics, if no completion of the step has a reward, for example in a run with a teacher alone.",
         "reward_std": "Standard deviation of the rewards within a group, averaged over groups.",
         "frac_reward_zero_std": "Fraction of groups whose completions all have the same reward. Such a group has no "
-        "advantages: the policy learns nothing from it, unless there is a teacher.",
+        "advantages: the policy learns nothing from it, unless there is a teacher. With `advantage.turns: turn` it "
+        "can still teach: conversations with the same sum of rewards differ if their turns do.",
         "solved_all": "Fraction of groups in which every completion has reward 1 or more.",
         "solved_none": "Fraction of groups in which no completion has reward 1 or more.",
         "mixed": "Fraction of groups in which some completions have reward 1 or more and some do not.",
@@ -148,13 +149,13 @@ MEANINGS: dict[str, dict[str, str]] = {
         "peak_memory_gb": "Peak memory of MLX since the start, in units of 2³⁰ bytes.",
         "update/useful_tokens": "Of the tokens that go through the model in an update, the fraction that is neither "
         "padding nor a repeated prompt.",
-        "speculation/accepted": "Mean number of guessed tokens per row that were accepted, over the decoding steps "
-        "that were fed guesses. The terminal shows it as `+0.5 a wide step`.",
+        "speculation/accepted": "Mean number of guessed tokens per row that turned out right, over the decoding steps "
+        "that were fed guesses. The terminal shows it as `0.5 accepted per decoding step`.",
         "speculation/width": "Mean number of tokens that a decoding step fed to each row: the last token and the "
         "guesses. 1 means that no step was fed guesses.",
         "speculation/gain": "How much faster the rollout was than without guesses, from measured step times. Only with "
         "`rollout.speculate: auto`, and only if steps without guesses were measured. The terminal shows it as "
-        "`drafts: 1.50 ×`.",
+        "`drafts: 1.50 × as fast`.",
     },
     "Alarms": {
         "alarms": "What went wrong in the run: a list of objects with `kind`, `step`, `what` (what happened) and "

@@ -218,11 +218,11 @@ def _parts(record: StepMetrics) -> list[str]:
 
 
 def _drafts(values: Mapping[str, float]) -> str:
-    """The speedup from drafts, and the accepted drafts per row and wide step; empty without a wide step."""
+    """The speedup from drafts, and the accepted drafts per row and decoding step with drafts. Empty without drafts."""
     if values.get("speculation/width", 1.0) <= 1:
         return ""
-    gain = f" {values['speculation/gain']:.2f} ×," if "speculation/gain" in values else ""
-    return f" (drafts:{gain} +{values['speculation/accepted']:.1f} a wide step)"
+    gain = f"{values['speculation/gain']:.2f} × as fast, " if "speculation/gain" in values else ""
+    return f" (drafts: {gain}{values['speculation/accepted']:.1f} accepted per decoding step)"
 
 
 def before_and_after(before: EvalMetrics, after: EvalMetrics, started: str = "before") -> Group:

@@ -95,6 +95,15 @@ def find_runs(folder: Path) -> list[RecordedRun]:
     return runs
 
 
+def ask_for_a_run(command: str, folder: Path = Path("runs")) -> UserError:
+    """The error for `grpo COMMAND` without a run: it names the newest run in `folder`, if there is any."""
+    found = find_runs(folder) if folder.is_dir() else []
+    if not found:
+        return UserError(f"name a run: grpo {command} RUN. There are no runs in {folder}/")
+    listed = "" if len(found) == 1 else f"; grpo runs lists all {len(found)}"
+    return UserError(f"name a run: grpo {command} {found[0].folder} (the newest in {folder}/{listed})")
+
+
 def _is_hidden(path: Path, folder: Path) -> bool:
     """Whether a path is in a hidden folder, for example in the folder of a run that is being replaced."""
     return any(part.startswith(".") for part in path.relative_to(folder).parts)

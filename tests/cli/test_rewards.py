@@ -94,7 +94,7 @@ def test_what_is_printed_again_and_again_is_counted(run_cli, tmp_path) -> None:
     ran = run_cli("rewards", "test", tmp_path / "mine.py")
     assert ran.code == 0
     assert ran.err.count("[mine] hello\n") == 1
-    assert " more, the same as above)" in ran.err
+    assert " more lines, the same as above)" in ran.err
 
 
 @pytest.mark.parametrize(

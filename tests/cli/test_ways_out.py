@@ -47,16 +47,16 @@ def test_a_finished_run_that_is_resumed_says_how_to_train_further(recipe, run_cl
     assert run_cli("train", recipe).code == 0
     again = run_cli("train", recipe, "--resume")
     assert again.code == 0
-    assert "no step is left to train: optim.steps is 2, and" in again.out
+    assert "no steps left to train: optim.steps is 2, and" in again.out
     assert "set optim.steps to more" in again.out
     assert "nothing was trained: the run had already finished after step 2\n" in again.out
-    assert "goes on after" not in again.out
+    assert "resumes after" not in again.out
     further = run_cli("train", recipe, "optim.steps=3", "--resume-changed")
-    assert "goes on after step 2 from" in further.out
+    assert "resumes after step 2 from" in further.out
     assert "finished after step 3\n" in further.out
     fewer = run_cli("train", recipe, "optim.steps=1", "--resume-changed")
-    assert "no step is left to train: optim.steps is 1, and" in fewer.out
-    assert "is after step 3" in fewer.out
+    assert "no steps left to train: optim.steps is 1, and" in fewer.out
+    assert "was written after step 3" in fewer.out
 
 
 def test_best_is_step_0_where_no_adapter_was_as_good(recipe, run_cli) -> None:

@@ -295,7 +295,9 @@ def test_where_there_is_no_sandbox_it_refuses_unless_told_otherwise(monkeypatch:
     missing.cache_clear()
     monkeypatch.setattr(runner.sys, "platform", "darwin")
     try:
-        with pytest.raises(UserError, match=r"no sandbox: on darwin there is no isolation yet.*unsafe: true"):
+        with pytest.raises(
+            UserError, match=r"no sandbox: grpo isolates code only on Linux, not yet on darwin.*unsafe: true"
+        ):
             Scorer.of([RewardConfig(use="python_tests", isolation="inline")])
     finally:
         missing.cache_clear()

@@ -271,4 +271,4 @@ def test_a_run_with_a_reward_written_for_trl(run_cli, recipe, tmp_path) -> None:
     assert ran.code == 0, ran.err
     assert "failed" not in ran.out + ran.err
     scored = run_cli("rewards", "score", "runs/toy", "--reward", "mine.py:asked")
-    assert "0 of 8 completions get another score; 0 failures" in scored.out, scored.out + scored.err
+    assert "0 of 8 completions get a different score; 0 failures" in scored.out, scored.out + scored.err

@@ -83,8 +83,8 @@ def test_a_good_one(scorer) -> None:
         ("strings", "error: not a usable number: '1.0'"),
         ("writes_noise", "error: its process"),
         ("out_of_memory", "error: its process ended in this call (SIGKILL)"),
-        ("writes_replies", "error: its process made no sense in this call (OverflowError"),
-        ("writes_deep_replies", "error: its process made no sense in this call (RecursionError"),
+        ("writes_replies", "error: its process sent an invalid message in this call (OverflowError"),
+        ("writes_deep_replies", "error: its process sent an invalid message in this call (RecursionError"),
     ],
 )
 def test_what_goes_wrong_is_recorded_and_the_next_call_is_served(scorer, function: str, said: str) -> None:

@@ -181,7 +181,7 @@ def test_a_replay_is_shown_and_says_where_it_is_not_the_run(toy, run_cli, monkey
     ran = run_cli("replay", toy, "--step", 4, "--groups", 1, "--tokens", 3)
     assert ran.code == 0, ran.err
     for said in (
-        "made again from",
+        "repeated from",
         "step 4  reward",
         "What is",
         "advantage",
@@ -192,11 +192,11 @@ def test_a_replay_is_shown_and_says_where_it_is_not_the_run(toy, run_cli, monkey
     assert {path: path.stat().st_mtime_ns for path in toy.rglob("*")} == before
     lines = (toy / "metrics.jsonl").read_text().splitlines(keepends=True)
     (toy / "metrics.jsonl").write_text("".join(lines[:3]))
-    assert "this run has made 3 of its 5 steps" in run_cli("replay", toy, "--step", 5).err
+    assert "this run has done 3 of its 5 steps" in run_cli("replay", toy, "--step", 5).err
     (toy / "metrics.jsonl").write_text("".join(lines))
     Path("digits.py").write_text("def reward(completions, **_):\n    return [float(len(c)) for c in completions]\n")
     changed = run_cli("replay", toy, "--step", 5)
-    assert "since then changed: code of" in changed.out
+    assert "changed since then: code of" in changed.out
     assert "NOT those of the run" in changed.out
     for args, said in ((["--step", 6], "this run has 5 steps"), (["--step", 0], "")):
         refused = run_cli("replay", toy, *args)

@@ -40,7 +40,7 @@ def test_an_overhead_falls_short_only_if_all_of_its_interval_does(overheads, fal
     assert (verdict.falls_short, verdict.holds) == (falls_short, holds)
     assert verdict.figure == pytest.approx(sorted(overheads)[2])
     assert ("FALLS SHORT" in verdict.line()) == falls_short
-    assert "asked at most 5.0 %" in verdict.line()
+    assert "bound at most 5.0 %" in verdict.line()
 
 
 def test_speed_ups_values_and_both_ends() -> None:
@@ -169,7 +169,7 @@ def test_a_shortfall_ends_the_command_and_is_named(tmp_path, capsys) -> None:
         (('why = "?"', ""), "bound 2: why is missing"),
         (("most", "mots"), "bound 2: unknown key mots; the keys are benchmark, side"),
         (("most = 0.05", ""), "bound 2: it has no limit: add least or most"),
-        (("0.05", '"5 %"'), "bound 2: most is '5 %'"),
+        (("0.05", '"5 %"'), "bound 2: most has the wrong type: '5 %'"),
         (("overhead", "over"), "bound 2: figure is 'over'; expected speed-up, overhead, value"),
         (("why", "setting = {shap = 1}\nwhy"), "bound 2: there is no setting shap"),
     ],

@@ -82,7 +82,7 @@ def test_a_command_prints_its_rows_and_writes_them(run_cli, tmp_path, monkeypatc
     ran = run_cli("bench", command, "--shape", "qwen3-tiny", *arguments, "--runs", 1, "--json", tmp_path / "out.json")
     assert ran.code == 0, ran.err
     assert ran.err == ""
-    assert "one run after the cold one" in ran.out
+    assert "one run after the cold run" in ran.out
     assert "± sd" not in ran.out
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["benchmark"] == command

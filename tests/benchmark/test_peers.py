@@ -109,7 +109,7 @@ def test_a_toolkit_is_given_the_same_model_and_sizes_and_held_against_ours(tmp_p
 
 def test_a_toolkit_s_script_has_to_be_there(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(peers.PEERS, "unsloth", tmp_path / "none.py")
-    with pytest.raises(UserError, match="comes with the repository"), running(Toolkit("unsloth", tmp_path), SMALL):
+    with pytest.raises(UserError, match="it is in the repository"), running(Toolkit("unsloth", tmp_path), SMALL):
         pass
 
 

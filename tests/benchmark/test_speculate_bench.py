@@ -137,15 +137,15 @@ def test_a_pool_without_a_second_epoch_is_refused(recipe) -> None:
 def test_ways_to_speculate_are_read() -> None:
     assert ways_of("auto, 1,3,7") == ["auto", "1", "3", "7"]
     for text in ("2", "", "on", "off", "auto,"):
-        with pytest.raises(UserError, match=rf"--ways {text}: expected some of auto, 1, 3, 7, with"):
+        with pytest.raises(UserError, match=rf"--ways {text}: expected some of auto, 1, 3, 7, separated"):
             ways_of(text)
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--pool", "4"], "nothing without --recipe"),
-        (["--ways", "3"], "nothing without --recipe"),
+        (["--pool", "4"], "no effect without --recipe"),
+        (["--ways", "3"], "no effect without --recipe"),
         (["--recipe", str(RECIPES / "sorting.yaml"), "--accepted", "2"], "--accepted has no effect with --recipe"),
         (["--recipe", str(RECIPES / "sorting.yaml"), "--prompts", "4"], "remove the options for these"),
         (["--recipe", str(RECIPES / "sorting.yaml"), "--no-lora"], "remove the options for these"),

@@ -53,7 +53,7 @@ def test_variants_of_the_update_are_held_against_the_first(capsys) -> None:
     assert by["plain", "s"].ratio is None
     assert by["shared", "s"].ratio == by["plain", "s"].runs[0] / by["shared", "s"].runs[0]
     assert {row.side for row in updates.compare_updates(SMALL, names, seconds=-60)} == {"plain"}
-    assert "left out after -1 min: shared (--minutes)" in capsys.readouterr().out
+    assert "skipped after -1 min (--minutes): shared" in capsys.readouterr().out
 
 
 def test_shared_and_plain_are_compared_before_they_are_measured(monkeypatch) -> None:
@@ -90,7 +90,7 @@ def test_a_group_of_one_is_no_group() -> None:
         (["--blas"], "--peer, --blas and --peer-options have no effect without --peer-python"),
         (["--peer-options", "--no-cce"], "--peer, --blas and --peer-options have no effect without --peer-python"),
         (["--peer-python", sys.executable, "--peer", "nope"], "--peer nope: expected mlx-lm-lora or unsloth"),
-        (["--update", "--blas"], "leave --update out"),
+        (["--update", "--blas"], "remove --update"),
         (["--update", "--limit", "1"], "--limit has no effect with --update"),
         (["--limit", "0"], "--limit: expected a number above 0, got 0"),
         (["--bits", "7"], "--bits: MLX quantizes to 2, 3, 4, 5, 6 or 8 bits"),

@@ -133,7 +133,7 @@ def test_a_stopped_run_says_how_to_go_on(run_cli, recipe, monkeypatch) -> None:
     assert "resume   grpo train runs/toy/recipe.yaml --resume" in stopped.out
     refused = run_cli("train", "runs/toy", "--resume")
     assert (refused.code, len(refused.err.splitlines())) == (2, 1)
-    assert "its recipe is runs/toy/recipe.yaml" in refused.err
+    assert "Name the recipe in it: runs/toy/recipe.yaml" in refused.err
     resumed = run_cli("train", "runs/toy/recipe.yaml", "--resume")
     assert resumed.code == 0, resumed.err
     assert "go on " not in resumed.out

@@ -25,7 +25,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     ("override", "said"),
     [
         ("log.use=[nofile.py:log]", "logger 'nofile.py:log': there is no file nofile.py"),
-        ("log.use=[mine.py:lg]", "mine.py:lg': no function 'lg' in it. Did you mean 'log'?"),
+        ("log.use=[mine.py:lg]", "mine.py:lg': there is no function 'lg' in it. Did you mean 'log'?"),
         ("log.use=[mine.py:two]", "mine.py:two': missing a required argument: 'b'; grpo calls it with one"),
     ],
 )

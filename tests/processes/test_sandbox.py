@@ -343,8 +343,8 @@ def test_without_a_sandbox_too_the_code_does_not_outlive_the_time_limit_of_the_r
     [
         ([{"input": "1"}], "a test of a program needs an input and an output"),
         ([{"input": 1, "output": "1"}], "both texts"),
-        (["pass", {"input": "", "output": ""}], "and not both"),
-        ([1], "tests are texts of Python"),
+        (["pass", {"input": "", "output": ""}], "tests must be either all Python texts"),
+        ([1], "or all objects with input and output"),
         ("assert (", "a test is not valid Python: '(' was never closed"),
     ],
 )

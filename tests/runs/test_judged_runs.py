@@ -77,4 +77,4 @@ def test_two_judges_share_one_copy_and_a_dry_run_asks_them(recipe: Path, run_cli
     dry = run_cli("train", recipe, both, "--dry-run")
     assert dry.code == 0, dry.err
     wrong = run_cli("train", recipe, both.replace("{answer}", "{gold}"), "--dry-run")
-    assert (wrong.code, "kwargs.prompt names {gold}" in wrong.err) == (2, True), wrong.err
+    assert (wrong.code, "kwargs.prompt uses {gold}" in wrong.err) == (2, True), wrong.err

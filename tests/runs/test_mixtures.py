@@ -291,7 +291,7 @@ def test_what_is_wrong_with_a_setting_that_sources_share_is_said_of_it(mixed: Pa
     one = ["data.sources.1.streaming=true", "data.window=2"]
     windows = {name: part.window for name, part in load_recipe(mixed, one).data.parts.items()}
     assert windows == {"sums": 10_000, "spell": 2}
-    with pytest.raises(UserError, match=r"data\.curriculum needs all rows, and data\.sources\.1\.streaming"):
+    with pytest.raises(UserError, match=r"data\.curriculum needs all rows, but data\.sources\.1\.streaming"):
         load_recipe(mixed, [*one, "data.curriculum={}"])
     with pytest.raises(UserError, match=r"data\.streaming is for files and Hub datasets, .* \(data\.sources\.0\)"):
         load_recipe(mixed, ["data.streaming=true", "data.sources.0.source=builtin:countdown"])

@@ -159,7 +159,7 @@ def test_a_key_from_a_file_works_and_one_that_no_header_takes_is_not_shown(monke
     assert judge.asked[0][0] == "Bearer s3cret"
     for key in ("s3\ncret", "s3cr\u2019t"):
         monkeypatch.setenv("OPENAI_API_KEY", key)
-        with pytest.raises(ValueError, match="OPENAI_API_KEY holds no key") as error:
+        with pytest.raises(ValueError, match="OPENAI_API_KEY is not an API key") as error:
             judge.ask("a")
         assert "s3" not in str(error.value)
 

@@ -1,4 +1,4 @@
-"""What each metric of a run means: one entry per name that the run itself writes. The manual's reference prints it.
+"""The meaning of each metric that a run writes. The manual's reference prints these entries.
 
 A part in angle brackets stands for any text: `rewards/<name>/mean` is the mean of each reward.
 """
@@ -40,9 +40,9 @@ MEANINGS: dict[str, dict[str, str]] = {
         "tools and environments do not count.",
         "completions/min_length": "Length of the shortest completion, in sampled tokens.",
         "completions/max_length": "Length of the longest completion, in sampled tokens.",
-        "completions/mean_terminated_length": "Mean length of the completions that ended by themselves.",
-        "completions/min_terminated_length": "Length of the shortest completion that ended by itself.",
-        "completions/max_terminated_length": "Length of the longest completion that ended by itself.",
+        "completions/mean_terminated_length": "Mean length of the completions that were not truncated.",
+        "completions/min_terminated_length": "Length of the shortest completion that was not truncated.",
+        "completions/max_terminated_length": "Length of the longest completion that was not truncated.",
         "completions/clipped_ratio": "Fraction of completions cut off by `rollout.max_completion_length`.",
         "completions/repetition_ratio": "Fraction of completions ended by `rollout.max_repeats`.",
         "num_prompts": "Prompts sampled at this step, including those added by dynamic sampling.",
@@ -120,8 +120,8 @@ MEANINGS: dict[str, dict[str, str]] = {
         "ranks/training": "Share of the step in which trainers worked, averaged over trainers.",
     },
     "Data": {
-        "epoch": "How often every row has been visited. Absent with `data.curriculum`, which has no epochs.",
-        "dropped_prompts": "Rows left out since the start because the prompt was too long or null.",
+        "epoch": "Number of passes over the rows so far. Absent with `data.curriculum`, which has no epochs.",
+        "dropped_prompts": "Rows skipped since the start because the prompt was too long or null.",
         "sources/<name>/share": "Share of the step's tasks that came from this source of `data.sources`.",
         "sources/<name>/reward": "`reward` over this source's completions alone, at steps with such completions.",
         "sources/<name>/reward_std": "`reward_std` over this source's groups alone.",
@@ -140,13 +140,13 @@ MEANINGS: dict[str, dict[str, str]] = {
     },
     "Speed and memory": {
         "step_time": "Duration of the step in seconds.",
-        "time/rollout": "Seconds spent sampling. Groups are scored meanwhile.",
+        "time/rollout": "Seconds spent sampling. Finished groups are scored during this time.",
         "time/reward": "Seconds that the step waited for scores after its last token was sampled.",
-        "time/logprobs": "Seconds spent on making batches and on passes before the first update: logprobs of the "
+        "time/logprobs": "Seconds spent making batches and running the passes before the first update: logprobs of the "
         "reference, the anchor and the teacher.",
         "time/update": "Seconds spent on updates.",
         "rollout_tokens_per_second": "Sampled tokens divided by `time/rollout`.",
-        "peak_memory_gb": "The most memory that MLX has held since the start, in units of 2³⁰ bytes.",
+        "peak_memory_gb": "Peak memory of MLX since the start, in units of 2³⁰ bytes.",
         "update/useful_tokens": "Of the tokens that go through the model in an update, the fraction that is neither "
         "padding nor a repeated prompt.",
         "speculation/accepted": "Mean number of guessed tokens per row that turned out right, over the decoding steps "
@@ -175,16 +175,16 @@ MEANINGS: dict[str, dict[str, str]] = {
         "otherwise the bootstrap's.",
     },
 }
-"""By section of the reference. `Evaluation` is what `eval.jsonl` holds, everything else is in `metrics.jsonl`."""
+"""Meanings by section of the reference. Metrics of `Evaluation` are in `eval.jsonl`, all others in `metrics.jsonl`."""
 
 
 def meaning(name: str) -> str | None:
-    """The meaning of a metric, or None for a metric that a reward or a source of a user's own logs."""
+    """The meaning of a metric, or None for a metric that a user's reward or data source logs."""
     return next((text for pattern, text in _patterns() if pattern.fullmatch(name)), None)
 
 
 @cache
 def _patterns() -> list[tuple[re.Pattern[str], str]]:
     named = [item for section in MEANINGS.values() for item in section.items()]
-    named.sort(key=lambda item: item[0].count("<"))  # a name of its own comes before a pattern that also fits
+    named.sort(key=lambda item: item[0].count("<"))  # exact names come before patterns that also match
     return [(re.compile(re.sub("<[^>]+>", ".+", re.escape(name))), text) for name, text in named]

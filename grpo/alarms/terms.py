@@ -18,7 +18,8 @@ class AlarmTerms:
 
     `weights` are those of the rewards by name, environments' own included, and `environments` the names of these.
     `explained` is the gap between sampler and trainer that rounding explains. `metric` is what evaluations are
-    compared by, None without `eval`. `penalised`: whether a KL penalty holds the model to its start.
+    compared by, None without `eval`. `penalised`: whether a KL penalty holds the model to its start. `apart`: whether
+    other processes sample (`ranks`).
     """
 
     alarms: AlarmsConfig
@@ -30,6 +31,7 @@ class AlarmTerms:
     explained: Explained
     metric: str | None = None
     penalised: bool = False
+    apart: bool = False
 
     @property
     def slower(self) -> str:

@@ -40,7 +40,7 @@ COMPLETIONS = "completions"
 NOT_FINITE = "not_finite"
 """Where the batches of updates are that were skipped."""
 ENDED = ".ended"
-"""A word on how a run ended, written by itself: one that was killed has none."""
+"""How a run ended, written by the run itself: a word, then the error of a run that failed. A killed run has none."""
 NOW = ".now"
 """How far the phase is that the run is in, for those who follow it."""
 UNTRAINED = "untrained"
@@ -96,6 +96,8 @@ def _begin(cfg: Recipe, folder: Path) -> None:
     former = folder / FORMER
     try:
         copies = copy_adapters(cfg, folder)  # they may be of the run that is put aside
+        if failed_at_once(folder):
+            _delete_run(folder)
         _move_run(folder, former)
         (folder / FAILED).unlink(missing_ok=True)
         (folder / RECIPE).write_text(recipe_text(cfg), encoding="utf-8")
@@ -211,9 +213,10 @@ def is_running(folder: Path) -> bool:
 
 
 def _settle(folder: Path) -> None:
-    """Of two runs in a folder, keep the newer if it has a step on record, or else bring back the former."""
+    """Of two runs in a folder, keep the newer if it has a step on record, or else bring back the former. Without a
+    former run, one that failed in its first step stays: it says why."""
     former = folder / FORMER
-    if (folder / METRICS).exists():
+    if (folder / METRICS).exists() or (failed_at_once(folder) and not former.is_dir()):
         shutil.rmtree(former, ignore_errors=True)
         return
     if not former.is_dir() or (former / RECIPE).exists():  # or else the former run was not aside in full yet
@@ -253,7 +256,7 @@ def check_run_folder(cfg: Recipe, overwrite: bool, dry: bool = False) -> Path:
             raise UserError(f"{folder}: a run in this folder is going on; stop it first")
         if (folder / FORMER).is_dir():  # a run that was to replace another was killed
             _settle(folder)
-        if is_run(folder) and not overwrite:
+        if is_run(folder) and not (overwrite or failed_at_once(folder)):
             raise UserError(
                 f"{folder} holds another run: go on with it (--resume), name another folder (output_dir=...) or "
                 "replace it (--overwrite)"
@@ -275,6 +278,20 @@ def is_run(folder: Path) -> bool:
         return ours and not (folder / STATE).exists()
     except (OSError, ValueError):
         return False
+
+
+def how_ended(folder: Path) -> tuple[str, str]:
+    """The word on how a run ended, and its error; empty where the folder has none."""
+    try:
+        word, _, error = (folder / ENDED).read_text(encoding="utf-8").partition("\n")
+    except (OSError, ValueError):
+        return "", ""
+    return word.strip(), error.strip()
+
+
+def failed_at_once(folder: Path) -> bool:
+    """Whether the folder holds a run that failed before it had a step on record; the next run there replaces it."""
+    return is_run(folder) and not (folder / METRICS).exists() and how_ended(folder)[0] == "failed"
 
 
 def check_is_run(folder: Path) -> None:

@@ -18,7 +18,7 @@ from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.recipes import load_recipe
 from grpo.runs.checkpoint import RECIPE
-from grpo.runs.folder import ENDED, METRICS, UNTRAINED, WORSE, check_is_run, is_run, is_running
+from grpo.runs.folder import METRICS, UNTRAINED, WORSE, check_is_run, how_ended, is_run, is_running
 from grpo.telemetry.console import ConsoleLogger, is_fraction, print_wrapped
 from grpo.telemetry.jsonl import read_evaluations, read_steps
 from grpo.telemetry.progress import read_now
@@ -54,13 +54,15 @@ class RecordedRun:
         (without a word)."""
         if is_running(self.folder):
             return "running"
-        try:
-            word = (self.folder / ENDED).read_text(encoding="utf-8").strip()
-        except (OSError, ValueError):
-            word = ""
+        word, _ = how_ended(self.folder)
         if self.step >= self.recipe.optim.steps:
             return word if word in (UNTRAINED, WORSE) else "finished"
         return word if word in ("stopped", "failed") else "died"
+
+    @property
+    def error(self) -> str:
+        """The error that ended a failed run; empty for other runs."""
+        return how_ended(self.folder)[1] if self.state == "failed" else ""
 
     @property
     def best(self) -> EvalMetrics | None:
@@ -119,6 +121,11 @@ def runs_table(runs: list[RecordedRun]) -> Table:
     return table
 
 
+def errors_of(runs: list[RecordedRun]) -> list[str]:
+    """A line for each failed run of a list: its folder, and the first line of its error."""
+    return [f"{run.folder} failed: {run.error.splitlines()[0]}" for run in runs if run.error]
+
+
 def follow(folder: Path, console: Console, wait: Callable[[], None] = lambda: time.sleep(1)) -> None:
     """Show a run as its own terminal does, until it ends. Raises UserError for what is no run."""
     first, shown = read_run(folder), 0
@@ -140,6 +147,8 @@ def follow(folder: Path, console: Console, wait: Callable[[], None] = lambda: ti
                 break
             wait()
     console.print(f"{run.state} after step {run.step}", highlight=False)
+    if run.error:
+        print_wrapped(console, run.error)
 
 
 def _written(folder: Path) -> float:

@@ -121,7 +121,7 @@ function drawSummary() {
 /** What went wrong, the newest first; all of it is in the table. */
 function alarmsOf(run) {
   if (!run.alarms.length) return null;
-  const told = run.alarms.slice(-3).reverse().map(([step, kind, what]) => el("li", {}, el("b", {}, `${kind} at step ${step.toLocaleString("en-US")}`), `: ${what}`));
+  const told = run.alarms.slice(-3).reverse().map(([step, kind, what]) => el("li", {}, el("b", {}, `${kind} ${kind === "failed" ? "after" : "at"} step ${step.toLocaleString("en-US")}`), `: ${what}`));
   const more = run.alarms.length - told.length;
   const all = el("li", {}, el("a", { href: "#section-what-went-wrong" }, more ? `${more} more, and what to do` : "what to do"));
   return el("ul", { class: "alarms", "aria-label": "Alarms" }, ...told, all);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,7 +20,7 @@ from grpo.recipes import load_recipe
 from grpo.runs.checkpoint import RECIPE
 from grpo.runs.folder import METRICS, UNTRAINED, WORSE, check_is_run, how_ended, is_run, is_running
 from grpo.telemetry.console import ConsoleLogger, is_fraction, print_wrapped
-from grpo.telemetry.jsonl import read_evaluations, read_steps
+from grpo.telemetry.jsonl import evaluations_of, steps_of
 from grpo.telemetry.progress import read_now
 from grpo.types import EvalMetrics, StepMetrics
 
@@ -74,10 +74,25 @@ class RecordedRun:
         return max(measured, key=lambda evaluation: evaluation.values[name], default=None)
 
 
+class RunReader:
+    """A run's folder, to be read again and again: what was read of its logs is kept."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UserError for what is no run's folder."""
+        check_is_run(folder)
+        self.folder = folder
+        self._steps, self._evaluations = steps_of(folder), evaluations_of(folder)
+
+    def read(self) -> RecordedRun:
+        """The run as it is now. Raises UserError for what is no run's folder any more."""
+        check_is_run(self.folder)
+        recipe = load_recipe(self.folder / RECIPE)
+        return RecordedRun(self.folder, recipe, self._steps.read(), self._evaluations.read())
+
+
 def read_run(folder: Path) -> RecordedRun:
     """A run's folder as it is now. Raises UserError for what is none."""
-    check_is_run(folder)
-    return RecordedRun(folder, load_recipe(folder / RECIPE), read_steps(folder), read_evaluations(folder))
+    return RunReader(folder).read()
 
 
 def find_runs(folder: Path) -> list[RecordedRun]:
@@ -87,14 +102,29 @@ def find_runs(folder: Path) -> list[RecordedRun]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; name the one with your runs")
-    found = {path.parent for path in folder.rglob(RECIPE) if not _is_hidden(path, folder) and is_run(path.parent)}
     runs = []
-    for path in sorted(found, key=_written, reverse=True):
+    for path in _newest_first(folder):
         try:
             runs.append(read_run(path))
         except UserError as error:
             warn("%s is left out: %s", path, error)
     return runs
+
+
+def named_or_newest(named: Sequence[Path] | None, folder: Path = Path("runs")) -> list[Path]:
+    """The folders that were named, or else the newest run in `folder`. Raises UserError where there is none."""
+    if named:
+        return list(named)
+    if not (found := _newest_first(folder)):
+        where = "has no run" if folder.is_dir() else "does not exist here"
+        raise UserError(f"no run was named, and the folder {folder} {where}: name a run's folder (its output_dir)")
+    return found[:1]
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    """The folders of runs in a folder and below, the last written first."""
+    found = {path.parent for path in folder.rglob(RECIPE) if not _is_hidden(path, folder) and is_run(path.parent)}
+    return sorted(found, key=_written, reverse=True)
 
 
 def _is_hidden(path: Path, folder: Path) -> bool:
@@ -128,12 +158,13 @@ def errors_of(runs: list[RecordedRun]) -> list[str]:
 
 def follow(folder: Path, console: Console, wait: Callable[[], None] = lambda: time.sleep(1)) -> None:
     """Show a run as its own terminal does, until it ends. Raises UserError for what is no run."""
-    first, shown = read_run(folder), 0
+    reader, shown = RunReader(folder), 0
+    first = reader.read()
     told: list[EvalMetrics] = []
     with ConsoleLogger(console, first.recipe.optim.steps) as logger:
         while True:
             going_on = is_running(folder)  # asked before reading, so that its last lines are read
-            run = read_run(folder)
+            run = reader.read()
             new: list[StepMetrics | EvalMetrics] = [one for one in run.evaluations if one not in told]
             told = run.evaluations
             for record in (*new, *(one for one in run.steps if one.step > shown)):

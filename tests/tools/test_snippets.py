@@ -40,7 +40,7 @@ def test_shell_for_mlx_lm(toy_folder) -> None:
     assert name == "mlx_lm.generate"
     asked = setup_arg_parser().parse_args(flags)
     assert (asked.model, asked.adapter_path, asked.max_tokens) == ("some/base", "FOLDER", 33)
-    assert (asked.prompt, asked.system_prompt) == ("{question} Think first.", "It's short.")
+    assert (asked.prompt, asked.system_prompt) == ("QUESTION Think first.", "It's short.")
     assert asked.chat_template_config == '{"enable_thinking": false}'
     assert not asked.ignore_chat_template
     bare = snippet(recipe(toy_folder, chat_template="never", prompt="question"), "fused", "some/base", "me/mine")

@@ -9,10 +9,15 @@ from grpo.config import AdapterConfig, LossConfig, OptimConfig, RolloutConfig
 OF_RATIOS = ("epsilon", "epsilon_high", "delta", "off_policy_mask_threshold")
 OF_SAMPLERS = ("epsilon", "epsilon_high")
 """What dppo reads of a ratio to the sampler, which is not 1 even in the first update."""
+RESHAPING = ("top_k", "top_p", "min_p", "repetition_penalty", "min_completion_length")
+"""The settings of `rollout` that change the distribution that tokens are drawn from."""
 
 
-def notes_on(optim: OptimConfig, rollout: RolloutConfig, adapter: AdapterConfig, loss: LossConfig) -> Iterator[str]:
-    """A line for each setting that will do less than it says, or other than it should."""
+def notes_on(
+    optim: OptimConfig, rollout: RolloutConfig, adapter: AdapterConfig, loss: LossConfig, lags: bool = False
+) -> Iterator[str]:
+    """A line for each setting that will do less than it says, or other than it should. `lags`: completions come from
+    the policy of the step before (`ranks`)."""
     every = adapter.sync_reference_every
     steps = "1 step" if optim.steps == 1 else f"{optim.steps} steps"
     if optim.warmup < optim.warmup_steps:
@@ -33,6 +38,7 @@ def notes_on(optim: OptimConfig, rollout: RolloutConfig, adapter: AdapterConfig,
         updates == 1
         and adapter.dropout == 0
         and not rollout.reuse
+        and not lags
         and loss.use is None
         and (unread := [f"loss.{name}" for name in of_ratios if name in loss.changed])
     ):
@@ -52,9 +58,12 @@ def layers_note(optim: OptimConfig, layers: int) -> str | None:
     )
 
 
-def filter_note(loss: LossConfig) -> str:
+def filter_note(loss: LossConfig, rollout: RolloutConfig) -> str:
     """What sampling from a filtered or penalised distribution means for a loss."""
-    sampled = "completions are sampled from another distribution than the policy's (rollout.top_k and the like)"
+    named = [
+        f"rollout.{name}" for name in RESHAPING if getattr(rollout, name) != RolloutConfig.model_fields[name].default
+    ]
+    sampled = f"completions are sampled from another distribution than the policy's ({', '.join(named)})"
     if loss.use is None and loss.preset.surrogate == "dppo":
         return f"{sampled}, and dppo's ratio is to that distribution"
     if loss.importance_sampling_correction != "none":

@@ -173,7 +173,7 @@ def _prepared(
     prompts = [note for feed, known in zip(feeds, lengths, strict=True) for note in feed.notes(known, partners)]
     head = filter(None, [positions, head_note(model, cfg.model)])
     notes = [*talk, *prompts, *generator.describe(), *head, *policy.notes, *(teacher.notes if teacher else [])]
-    notes += [*_of_filters(cfg, engine), *notes_on(cfg.optim, cfg.rollout, cfg.adapter, cfg.loss)]
+    notes += [*_of_filters(cfg, engine), *notes_on(cfg.optim, cfg.rollout, cfg.adapter, cfg.loss, roles is not None)]
     of_held_out = [held_out.null_prompts(), overlap_note(held_out, feeds)] if held_out else []
     notes += filter(None, [*of_held_out, layers_note(cfg.optim, len(model.layers)), trainer.update.optimizer.note])
     notes += notes_of_processes(ranks, roles, cfg.rollout, plan.slots, needs)
@@ -182,7 +182,7 @@ def _prepared(
 
 def _of_filters(cfg: Recipe, engine: RolloutEngine) -> list[str]:
     """What there is to say of sampling that leaves tokens out."""
-    return [filter_note(cfg.loss)] if engine.sampling.reshaped else []
+    return [filter_note(cfg.loss, cfg.rollout)] if engine.sampling.reshaped else []
 
 
 def _needs(teacher: Teacher | None, model: nn.Module) -> TeacherNeeds:

@@ -19,7 +19,7 @@ class AlarmTerms:
     `weights` are those of the rewards by name, environments' own included, and `environments` the names of these.
     `explained` is the gap between sampler and trainer that rounding explains. `metric` is what evaluations are
     compared by, None without `eval`. `penalised`: whether a KL penalty holds the model to its start. `apart`: whether
-    other processes sample (`ranks`).
+    other processes sample (`ranks`). `float32`: whether the model computes in float32 already.
     """
 
     alarms: AlarmsConfig
@@ -32,6 +32,7 @@ class AlarmTerms:
     metric: str | None = None
     penalised: bool = False
     apart: bool = False
+    float32: bool = False
 
     @property
     def slower(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
+
 from grpo.alarms.terms import AlarmTerms
 from grpo.training.trainer import Trainer
 
@@ -22,4 +24,5 @@ def terms_of(trainer: Trainer) -> AlarmTerms | None:
         cfg.best_metric if cfg.eval else None,
         cfg.has_penalty,
         cfg.ranks is not None,
+        trainer.policy.dtype == mx.float32,
     )

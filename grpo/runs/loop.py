@@ -234,7 +234,7 @@ class Loop:
         try:
             yield
         except BrokenRewardError as error:
-            raise RunError(f"{error}{self._store_failed(error, step)}") from error
+            raise RunError(f"{error}{self._store_failed(error, error.step or step)}") from error
 
     def _store_failed(self, error: BrokenRewardError, step: int) -> str:
         """Keep the completions that a reward failed on, unless none are to be stored. Returns where they are."""

@@ -8,7 +8,7 @@ zero. An environment's own reward is one more score, and a conversation whose en
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -31,7 +31,7 @@ from grpo.scoring.own import OwnTerms, own_answers, rewarding_steps, terms_of, w
 from grpo.scoring.records import ConversationRecord, Placed, RewardRecord, failures_by_kind
 from grpo.scoring.session import Grader, Scoring, columns_of, request_of
 from grpo.scoring.text import counted, last_said
-from grpo.types import Failure, FailureKind, Group, Rollout, Task
+from grpo.types import FAILURES, Failure, FailureKind, Group, Rollout, Task
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +44,13 @@ TOGETHER = (
 
 
 class BrokenRewardError(RunError):
-    """A function failed on more completions than it may; `groups` are those of the scoring that showed it."""
+    """A function failed on more completions than it may; `groups` are those of the scoring that showed it. `step` is
+    the step that they were sampled for, None where that is the loop's own."""
 
     def __init__(self, said: str, groups: Sequence[Group]) -> None:
         super().__init__(said)
         self.groups = groups
+        self.step: int | None = None
 
 
 class Scorer:
@@ -239,9 +241,15 @@ class Scorer:
                 raise BrokenRewardError(said, scored)
         return scored
 
-    def state(self) -> dict[str, Any]:
-        """What it has counted, as JSON holds it: what `load_state` takes."""
+    def state(self, total: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None) -> dict[str, Any]:
+        """What it has counted, as JSON holds it: what `load_state` takes. `total` sums counts over processes."""
         records = {name: record.state() for name, record in self.records.items()}
+        if total is not None:
+            own = {f"{kind}/{name}": record.kinds[kind] for name, record in self.records.items() for kind in FAILURES}
+            everyone = total(own)
+            for name, record in records.items():
+                kinds = {kind: int(everyone[f"{kind}/{name}"]) for kind in FAILURES}
+                record |= {"kinds": {kind: n for kind, n in kinds.items() if n}, "failures": sum(kinds.values())}
         by_steps = sorted(self._by_steps)
         return {"global_step": self._state["global_step"], "records": records, "by_steps": by_steps}
 

@@ -234,10 +234,11 @@ class Trainer:
         }
 
     def counts(self) -> dict[str, Any]:
-        """The counters of the source, the scorer and the updates, as JSON values."""
+        """The counters of the source, the scorer and the updates, as JSON values. All processes must ask: failures are
+        summed over them."""
         return {
             "tasks": self.tasks.state(),
-            "scorer": self.scorer.state(),
+            "scorer": self.scorer.state() if self.ranks.size == 1 else self.scorer.state(self.ranks.sum_counts),
             "skipped_in_a_row": self.update.skipped_in_a_row,
             "steps_without_signal": self.update.steps_without_signal,
         }

@@ -165,6 +165,12 @@ def test_kl_and_the_gradient_explode() -> None:
     )
 
 
+def test_float32_is_no_advice_for_a_float32_model() -> None:
+    for known, advised in ((terms(), True), (terms(float32=True), False)):
+        (alarm,), _ = watched([{"skipped_updates": 1.0}], known)
+        assert ("model.dtype: float32" in alarm.advice) == advised
+
+
 def group(pairs: list[tuple[float | None, int]]) -> Group:
     made = [
         Rollout(Trajectory.sampled((1,) * n, None, "", "stop"), reward=reward, advantage=1.0) for reward, n in pairs

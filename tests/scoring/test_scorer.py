@@ -1,5 +1,6 @@
 """Reward functions: what they receive, and that a failure is never a zero."""
 
+import json
 import math
 from contextlib import closing
 
@@ -8,7 +9,7 @@ import pytest
 from grpo.config import RewardConfig
 from grpo.errors import RunError, UserError
 from grpo.scoring.scorer import Scorer
-from grpo.types import Group, Rollout, Task, Trajectory
+from grpo.types import FAILURES, Group, Rollout, Task, Trajectory
 
 
 def group(asked, texts: list[str], **columns) -> Group:
@@ -122,6 +123,23 @@ def test_a_metric_may_fail_as_it_likes() -> None:
         groups = scorer.score(GROUPS)
     assert scorer.failures == {"mine": 20}
     assert not any(rollout.failed for group in groups for rollout in group.rollouts)
+
+
+def test_the_failures_of_other_processes_are_kept_in_a_state() -> None:
+    def scorer() -> Scorer:
+        return Scorer({"mine": lambda **_: 1 / 0}, weights={"mine": 0.0})
+
+    one, other = scorer(), scorer()
+    one.score(GROUPS)
+    for _ in range(2):
+        other.score(GROUPS)
+    counts = [{f"{kind}/mine": float(each.records["mine"].kinds[kind]) for kind in FAILURES} for each in (one, other)]
+    state = one.state(lambda own: {name: own[name] + counts[1][name] for name in own})
+    again = scorer()
+    again.load_state(json.loads(json.dumps(state)))
+    assert again.failures == {"mine": 12}
+    assert state["records"]["mine"]["kinds"] == {"error": 12}
+    assert one.failures == {"mine": 4}
 
 
 def test_numbers_of_all_kinds() -> None:

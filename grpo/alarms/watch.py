@@ -20,13 +20,14 @@ from grpo.types import EvalMetrics, StepMetrics
 Seen = TypeVar("Seen", StepMetrics, EvalMetrics)
 Rule = Callable[[PastSteps, Seen, AlarmTerms], Sign | None]
 
+# Causes come before effects: alarms of a step are shown in this order.
 OF_STEPS: Mapping[str, Rule[StepMetrics]] = {
     "truncation": truncation,
     "failed_calls": failed_calls,
+    "failed_rewards": failed_rewards,
     "no_reward": no_reward,
     "equal_rewards": equal_rewards,
     "no_signal": no_signal,
-    "failed_rewards": failed_rewards,
     "entropy": entropy,
     "kl": kl,
     "gradient": gradient,

@@ -14,7 +14,8 @@ MEANINGS: dict[str, dict[str, str]] = {
         "five metrics, if no completion of the step has a reward, for example in a run with a teacher alone.",
         "reward_std": "Standard deviation of the rewards within a group, averaged over groups.",
         "frac_reward_zero_std": "Fraction of groups whose completions all have the same reward. Such a group has no "
-        "advantages: the policy learns nothing from it, unless there is a teacher.",
+        "advantages: the policy learns nothing from it, unless there is a teacher, or turns have rewards of their own "
+        "(`advantage.turns: turn`).",
         "solved_all": "Fraction of groups in which every completion has reward 1 or more.",
         "solved_none": "Fraction of groups in which no completion has reward 1 or more.",
         "mixed": "Fraction of groups in which some completions have reward 1 or more and some do not.",

@@ -9,12 +9,14 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from telemetry.pages import data_in, plots_in, rows_in
 
 from grpo.recipes import load_recipe
 from grpo.telemetry.page.data import page_data
+from grpo.telemetry.page.layout import layout
 from grpo.telemetry.recorded import RecordedRun, read_run
 from grpo.telemetry.report import ASSETS, PLOTTING, page, report
 from grpo.types import EvalMetrics, StepMetrics
@@ -36,6 +38,16 @@ def two(recipe, run_cli) -> list[Path]:
         ran = run_cli("train", recipe, f"output_dir={name}", *SETTINGS)
         assert ran.code == 0, ran.err
     return [Path("one"), Path("two")]
+
+
+def test_equal_groups_of_turns_may_teach() -> None:
+    steps = [StepMetrics(1, {"frac_reward_zero_std": 1.0})]
+    for turns, ending in (("completion", "these teach nothing"), ("turn", "their turns may differ, and teach")):
+        run = SimpleNamespace(
+            folder=Path(), steps=steps, evaluations=[], recipe=SimpleNamespace(advantage=SimpleNamespace(turns=turns))
+        )
+        (plot,) = layout([run])
+        assert plot["about"].endswith(ending)
 
 
 def test_a_page_with_everything(two, run_cli) -> None:

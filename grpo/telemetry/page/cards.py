@@ -24,7 +24,7 @@ def cards(run: RecordedRun) -> dict[str, Any]:
     reward        {"before", "after", "steps"}: means of the first and the last `steps` steps; null without rewards
     steps         on record
     seconds       of all steps on record, evaluations and loading left out
-    peak_memory   in GB; null where it is not on record
+    peak_memory   in GiB; null where it is not on record
     tokens        sampled in all
     silent        steps without a signal
     replayed      older groups that steps learned from again

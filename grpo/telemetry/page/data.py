@@ -91,7 +91,7 @@ def _of_run(run: RecordedRun, name: str, every: int) -> PageJson:
     }
 
 
-def _ended_by(run: RecordedRun) -> list[PageJson]:
+def _ended_by(run: RecordedRun) -> list[list[Any]]:
     """The error that ended a failed run, as a row of the alarms."""
     again = "with --resume" if run.step else "again"
     advice = f"Fix the cause, then run the same command {again}."

@@ -94,7 +94,7 @@ def test_held_out_rows_that_are_the_training_rows_are_a_note(recipe: Path, tmp_p
             note for note in prepared(recipe, *overrides).notes if note.startswith("eval: its rows are the training")
         ]
 
-    (note,) = notes("eval={}")  # the file has one split, and it is read for both
+    (note,) = notes("eval.split=train")
     assert "train.jsonl, train), so the evaluation measures prompts that the model has trained on" in note
     write(tmp_path / "held.jsonl", "x?", "y?", "z?", "a?")
     assert notes("eval.source=held.jsonl", "eval.split=train") == []

@@ -57,7 +57,7 @@ def test_python_for_peft(toy_folder, template: str) -> None:
     assert "from_pretrained(base), 'me/mine')" in text
     assert "base = 'some/base'" in text
     assert ("apply_chat_template" in text) == (template == "auto")
-    assert "{question} Think first." in text
+    assert "QUESTION Think first." in text
     assert "max_new_tokens=33" in text
     assert text.splitlines()[-1].startswith("print(tokenizer.decode(answer")
 

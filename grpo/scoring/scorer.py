@@ -8,7 +8,7 @@ zero. An environment's own reward is one more score, and a conversation whose en
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -36,6 +36,7 @@ from grpo.types import FAILURES, Failure, FailureKind, Group, Rollout, Task
 log = logging.getLogger(__name__)
 
 
+NO_FAILURES: Mapping[str, float] = {}
 TOGETHER = (
     ". These completions were in one call: if one of them raised this, all lost their scores. With `calls: "
     "completion`, or an exception in place of a score, only that one would"
@@ -241,15 +242,19 @@ class Scorer:
                 raise BrokenRewardError(said, scored)
         return scored
 
-    def state(self, total: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None) -> dict[str, Any]:
-        """What it has counted, as JSON holds it: what `load_state` takes. `total` sums counts over processes."""
+    def counted(self) -> dict[str, float]:
+        """The failures since the start in this process, by `kind/name`."""
+        return {
+            f"{kind}/{name}": float(record.kinds[kind]) for name, record in self.records.items() for kind in FAILURES
+        }
+
+    def state(self, others: Mapping[str, float] = NO_FAILURES) -> dict[str, Any]:
+        """What it has counted, as JSON holds it: what `load_state` takes. `others` are failures that other processes
+        have counted, by `kind/name`."""
         records = {name: record.state() for name, record in self.records.items()}
-        if total is not None:
-            own = {f"{kind}/{name}": record.kinds[kind] for name, record in self.records.items() for kind in FAILURES}
-            everyone = total(own)
-            for name, record in records.items():
-                kinds = {kind: int(everyone[f"{kind}/{name}"]) for kind in FAILURES}
-                record |= {"kinds": {kind: n for kind, n in kinds.items() if n}, "failures": sum(kinds.values())}
+        for name, record in records.items() if others else ():
+            kinds = {kind: record["kinds"].get(kind, 0) + int(others[f"{kind}/{name}"]) for kind in FAILURES}
+            record |= {"kinds": {kind: n for kind, n in kinds.items() if n}, "failures": sum(kinds.values())}
         by_steps = sorted(self._by_steps)
         return {"global_step": self._state["global_step"], "records": records, "by_steps": by_steps}
 

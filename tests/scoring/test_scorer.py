@@ -9,7 +9,7 @@ import pytest
 from grpo.config import RewardConfig
 from grpo.errors import RunError, UserError
 from grpo.scoring.scorer import Scorer
-from grpo.types import FAILURES, Group, Rollout, Task, Trajectory
+from grpo.types import Group, Rollout, Task, Trajectory
 
 
 def group(asked, texts: list[str], **columns) -> Group:
@@ -133,8 +133,7 @@ def test_the_failures_of_other_processes_are_kept_in_a_state() -> None:
     one.score(GROUPS)
     for _ in range(2):
         other.score(GROUPS)
-    counts = [{f"{kind}/mine": float(each.records["mine"].kinds[kind]) for kind in FAILURES} for each in (one, other)]
-    state = one.state(lambda own: {name: own[name] + counts[1][name] for name in own})
+    state = one.state(other.counted())
     again = scorer()
     again.load_state(json.loads(json.dumps(state)))
     assert again.failures == {"mine": 12}

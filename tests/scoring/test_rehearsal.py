@@ -67,6 +67,8 @@ def test_a_constant_reward_is_a_note_unless_few_rows_were_tried() -> None:
     assert note.startswith("reward 'same' gave 1 to all 12 trial completions, on 4 rows. If it gives equal scores")
     assert "every advantage is 0" in note
     assert "3" in said
+    (note,) = rehearse(Scorer({"zero": lambda completions, **_: [0.0] * len(completions)}), rows, encode)
+    assert "on 4 rows. They may all be wrong answers. But if it gives equal scores" in note
     assert rehearse(Scorer({"same": constant}), rows[:3], encode) == []
     assert rehearse(Scorer({"metric": constant}, {"metric": 0}), rows, encode) == []
     assert rehearse(Scorer({"none": lambda completions, **_: [None] * len(completions)}), rows, encode) == []

@@ -91,8 +91,8 @@ def _constant(
     begin = "If" if scores[0] else "They may all be wrong answers. But if"
     return [
         f"reward {name!r} gave {scores[0]:g} to all {count} trial completions, on {len(tasks)} rows. {begin} it gives "
-        "equal scores to the model's completions too, it teaches nothing: in a group with equal rewards every advantage "
-        "is 0. Try it on answers that must differ (grpo rewards test, grpo rewards score)"
+        "equal scores to the model's completions too, it teaches nothing: in a group with equal rewards every "
+        "advantage is 0. Try it on answers that must differ (grpo rewards test, grpo rewards score)"
     ]
 
 

@@ -1,4 +1,4 @@
-"""The runs of a folder: what became of each, and one of them followed from another terminal."""
+"""Reads recorded runs: the table of the runs in a folder, and a view that follows one run from another terminal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ warn = logging.getLogger(__name__).warning
 
 @dataclass(frozen=True, slots=True)
 class RecordedRun:
-    """A run as its folder tells of it."""
+    """A run as recorded in its folder."""
 
     folder: Path
     recipe: Recipe
@@ -38,20 +38,20 @@ class RecordedRun:
 
     @property
     def step(self) -> int:
-        """The last step on record."""
+        """The last recorded step."""
         return self.steps[-1].step if self.steps else 0
 
     @property
     def alarms(self) -> list[Alarm]:
-        """What went wrong, in the order in which it was seen."""
+        """The alarms of the run, by step."""
         records: list[StepMetrics | EvalMetrics] = [*self.steps, *self.evaluations]
         return sorted((alarm for record in records for alarm in record.alarms), key=lambda alarm: alarm.step)
 
     @property
     def state(self) -> str:
-        """running, finished, untrained (finished, and no step had a signal), worse (finished, the last evaluation far
-        below the first, or the rewards where there is none), stopped (by a signal), failed (by an error), or died
-        (without a word)."""
+        """running, finished, untrained (finished, but no step had a signal), worse (finished, but the last evaluation
+        is far below the first; without evaluations, the same for rewards), stopped (by a signal), failed (by an
+        error), or died (the process ended without recording why)."""
         if is_running(self.folder):
             return "running"
         word, _ = how_ended(self.folder)
@@ -66,10 +66,10 @@ class RecordedRun:
 
     @property
     def best(self) -> EvalMetrics | None:
-        """The best evaluation by the recipe's metric, of equals the earliest: at step 0 no adapter was as good."""
+        """The best evaluation by the recipe's metric, the earliest of equal ones. Step 0 is before training."""
         if self.recipe.eval is None:
             return None
-        name = self.recipe.best_metric  # evaluations of before the recipe was changed may lack it
+        name = self.recipe.best_metric  # evaluations from before a change of the recipe may lack it
         measured = [evaluation for evaluation in self.evaluations if name in evaluation.values]
         return max(measured, key=lambda evaluation: evaluation.values[name], default=None)
 
@@ -96,9 +96,9 @@ def read_run(folder: Path) -> RecordedRun:
 
 
 def find_runs(folder: Path) -> list[RecordedRun]:
-    """The runs in a folder and below, those that were written to last first. One that cannot be read is said.
+    """The runs in a folder and its subfolders, most recently written first. Warns about runs that cannot be read.
 
-    Raises UserError where there is no such folder.
+    Raises UserError if the folder does not exist.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; name the one with your runs")
@@ -107,7 +107,7 @@ def find_runs(folder: Path) -> list[RecordedRun]:
         try:
             runs.append(read_run(path))
         except UserError as error:
-            warn("%s is left out: %s", path, error)
+            warn("skipped %s: %s", path, error)
     return runs
 
 
@@ -128,12 +128,12 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _is_hidden(path: Path, folder: Path) -> bool:
-    """Whether in a folder that is nobody's to see, such as that of a run which another is about to replace."""
+    """Whether a path is in a hidden folder, for example in the folder of a run that is being replaced."""
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def runs_table(runs: list[RecordedRun]) -> Table:
-    """A line for each run: how far it is, its reward, its best evaluation, and whether it goes on."""
+    """A table with one row per run: state, step, last reward, best evaluation, and time of the last write."""
     table = Table(box=None, pad_edge=False)
     table.add_column("run", overflow="fold")
     for heading in ("state", "step", "reward", "best", "written"):
@@ -163,7 +163,7 @@ def follow(folder: Path, console: Console, wait: Callable[[], None] = lambda: ti
     told: list[EvalMetrics] = []
     with ConsoleLogger(console, first.recipe.optim.steps) as logger:
         while True:
-            going_on = is_running(folder)  # asked before reading, so that its last lines are read
+            runs_now = is_running(folder)  # checked before reading, so that the last lines of an ended run are read
             run = reader.read()
             new: list[StepMetrics | EvalMetrics] = [one for one in run.evaluations if one not in told]
             told = run.evaluations
@@ -174,7 +174,7 @@ def follow(folder: Path, console: Console, wait: Callable[[], None] = lambda: ti
             shown = run.step
             if (now := read_now(folder)) is not None:
                 logger.progress(*now)
-            if not going_on:
+            if not runs_now:
                 break
             wait()
     console.print(f"{run.state} after step {run.step}", highlight=False)
@@ -185,7 +185,7 @@ def follow(folder: Path, console: Console, wait: Callable[[], None] = lambda: ti
 def _written(folder: Path) -> float:
     times = []
     for path in (folder / METRICS, folder / RECIPE):
-        with suppress(OSError):  # not there, or not any more
+        with suppress(OSError):  # the file does not exist, or no longer exists
             times.append(path.stat().st_mtime)
     return max(times, default=0.0)
 

@@ -42,7 +42,10 @@ def two(recipe, run_cli) -> list[Path]:
 
 def test_equal_groups_of_turns_may_teach() -> None:
     steps = [StepMetrics(1, {"frac_reward_zero_std": 1.0})]
-    for turns, ending in (("completion", "these teach nothing"), ("turn", "their turns may differ, and teach")):
+    for turns, ending in (
+        ("completion", "the policy learns nothing from them"),
+        ("turn", "their turns may differ, and teach"),
+    ):
         run = SimpleNamespace(
             folder=Path(), steps=steps, evaluations=[], recipe=SimpleNamespace(advantage=SimpleNamespace(turns=turns))
         )

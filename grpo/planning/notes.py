@@ -64,7 +64,7 @@ def filter_note(loss: LossConfig, rollout: RolloutConfig) -> str:
     named = [
         f"rollout.{name}" for name in RESHAPING if getattr(rollout, name) != RolloutConfig.model_fields[name].default
     ]
-    sampled = f"completions are sampled from another distribution than the policy's ({', '.join(named)})"
+    sampled = f"sampling settings ({', '.join(named)}) change the distribution that completions are sampled from"
     if loss.use is None and loss.preset.surrogate == "dppo":
         return f"{sampled}; dppo's ratio is relative to that distribution"
     if loss.importance_sampling_correction != "none":

@@ -256,7 +256,7 @@ class Loop:
             self._write()
         except OSError as error:
             self._note_end("failed", self._unsaved(error))
-            raise RunError(f"{self._unsaved(error)}. Make room there and go on with --resume.") from error
+            raise RunError(f"{self._unsaved(error)}. Make room there and continue with --resume.") from error
 
     def _save_after_error(self) -> None:
         """Save the last finished step, unless other processes hold parts of it: after an error they may not answer."""

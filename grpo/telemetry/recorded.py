@@ -101,7 +101,7 @@ def find_runs(folder: Path) -> list[RecordedRun]:
     Raises UserError if the folder does not exist.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder; name the one with your runs")
+        raise UserError(f"{folder}: there is no such folder; name the folder with your runs")
     runs = []
     for path in _newest_first(folder):
         try:

@@ -82,7 +82,7 @@ def test_what_filters_mean_is_said_by_the_loss_and_nothing_is_advised_that_is_re
 ) -> None:
     cfg = load_recipe(recipe, [*overrides, "rollout.top_p=0.9", "rollout.top_k=0"])
     assert says in filter_note(cfg.loss, cfg.rollout)
-    assert "than the policy's (rollout.top_p)" in filter_note(cfg.loss, cfg.rollout)
+    assert "sampling settings (rollout.top_p) change the distribution that" in filter_note(cfg.loss, cfg.rollout)
     if "would" in says:
         load_recipe(recipe, [*overrides, "loss.importance_sampling_correction=token_truncate"])
 

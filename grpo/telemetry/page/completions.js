@@ -42,7 +42,7 @@ class Browser {
       this.list();
     } });
     this.detail = el("div", { class: "detail", tabindex: "-1" });
-    this.none = el("p", { class: "faint", hidden: "" }, "No completions are stored: the recipe has log.completions: null, or no step was finished.");
+    this.none = el("p", { class: "faint", hidden: "" }, "No completions are stored: the recipe has log.completions: null, or no step has finished.");
     const filters = el("div", { class: "filters" }, el("label", { class: "search" }, "Search ", this.search), el("label", { class: "search" }, "Prompt ", this.asked), this.run.node, this.step.node, this.source.node, this.outcome.node, el("label", {}, "Sort by ", this.sort, this.down), this.only);
     this.body = el("div", {}, filters, this.about, el("div", { class: "browser" }, el("div", { class: "side" }, this.items, this.more), this.detail));
     root.replaceChildren(el("h2", {}, "Completion browser"), this.none, this.body);

@@ -35,9 +35,10 @@ def gradient(past: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Sign |
     advice = f"Look at grad_norm and at the last completions. To fix it, {terms.slower}, or set optim.warmup_steps."
     if skipped:
         updates = "an update was" if skipped == 1 else f"{skipped:.0f} updates were"
+        finer = "" if terms.float32 else " model.dtype: float32 has more range."
         return Sign(
             f"{updates} skipped because the loss or the gradient was not finite",
-            f"The folder not_finite/ of the run has the batches. {advice} model.dtype: float32 has more range.",
+            f"The folder not_finite/ of the run has the batches. {advice}{finer}",
         )
     norms = [norm for norm in past.last("grad_norm", LATEST + BEFORE) if norm > 0]
     now, before = norms[-LATEST:], norms[:-LATEST]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -14,6 +14,7 @@ from grpo.types import FAILURES, Group, StepMetrics
 FIRST, RECENT = 5, 25
 """Number of first steps and of recent steps that are kept; `RECENT` is above the maximum of `alarms.without_signal`."""
 LENGTH_SUMS = ("length/products", "length/squared_rewards", "length/squared_lengths")
+WITHOUT_ADVANTAGE = "without_advantage"
 KEPT = (
     *("reward", "frac_reward_zero_std", "solved_all", "steps_without_signal", "entropy", "kl", "grad_norm"),
     *("completions/clipped_ratio", "completions/mean_length", "tools/failure_frequency", SAMPLE_SIZE),
@@ -37,13 +38,15 @@ class BestMeasured:
 
 @dataclass(frozen=True, slots=True)
 class PastSteps:
-    """The numbers of a run's `first` and `recent` steps by name, its best evaluation, and the kinds of alarms that were
-    already reported (`told`). The last item of `recent` is the current step."""
+    """The numbers of a run's `first` and `recent` steps by name, and its best evaluation. `told` has the step at which
+    each kind of alarm was last reported, and `over` the kinds that have ended since. The last step is the last of
+    `recent`."""
 
     first: tuple[Numbers, ...] = ()
     recent: tuple[Numbers, ...] = ()
     best: BestMeasured | None = None
-    told: tuple[str, ...] = ()
+    told: Mapping[str, int] = field(default_factory=dict)
+    over: tuple[str, ...] = ()
 
     def after(self, metrics: StepMetrics) -> PastSteps:
         """The history with one more step."""
@@ -70,7 +73,10 @@ class PastSteps:
         if plain is None:
             return cls()
         best = plain["best"] and BestMeasured(**{**plain["best"], "rewards": tuple(plain["best"]["rewards"])})
-        return cls(tuple(plain["first"]), tuple(plain["recent"]), best, tuple(plain["told"]))
+        told = (
+            plain["told"] if isinstance(plain["told"], dict) else dict.fromkeys(plain["told"], 0)
+        )  # older checkpoints
+        return cls(tuple(plain["first"]), tuple(plain["recent"]), best, told, tuple(plain.get("over", ())))
 
 
 def known(steps: Sequence[Numbers], name: str) -> list[float]:
@@ -84,7 +90,14 @@ def _numbers(metrics: StepMetrics) -> dict[str, float]:
         for name, value in metrics.values.items()
         if (name in KEPT or (name.startswith("rewards/") and name.endswith(RATES))) and math.isfinite(value)
     }
-    return kept | length_sums(metrics.sampled)
+    return kept | length_sums(metrics.sampled) | _without_advantage(metrics.groups)
+
+
+def _without_advantage(groups: Sequence[Group]) -> dict[str, float]:
+    """1 where no completion of `groups` has an advantage and no teacher teaches any, else 0; empty without groups."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    learned = any(rollout.has_advantage or rollout.taught for rollout in rollouts)
+    return {WITHOUT_ADVANTAGE: float(not learned)} if rollouts else {}
 
 
 def length_sums(groups: Sequence[Group]) -> dict[str, float]:

@@ -15,6 +15,8 @@ STEPS = 5
 def sampler(_: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Sign | None:
     """Raised if the logprobs of sampler and trainer differ by more than rounding explains."""
     least, gap = terms.alarms.logp_difference, gap_of(metrics.values)
+    if terms.apart and metrics.values.get("policy_lag/max", 0.0) > 0:
+        return None  # logprobs of two policies are further apart than rounding explains
     if least is None or gap is None or terms.explained.times(gap) < least:
         return None
     return Sign(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
 
-from grpo.alarms.past import PastSteps
+from grpo.alarms.past import WITHOUT_ADVANTAGE, PastSteps, known
 from grpo.alarms.terms import AlarmTerms, Sign
 from grpo.scoring.own import mostly_cut, unrewarded
 from grpo.types import FAILURES, Group, StepMetrics
 
+COUNT = "steps_without_signal"
 SAMPLE_MORE = "more rollout.num_generations or a higher rollout.temperature make rewards differ more often"
 SOLVED = 0.9
 """If at least this fraction of groups is solved completely, equal rewards count as success."""
@@ -45,28 +47,48 @@ def equal_rewards(past: PastSteps, metrics: StepMetrics, _: AlarmTerms) -> Sign 
 def no_signal(past: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Sign | None:
     """Raised if `alarms.without_signal` steps in a row had no signal, unless the prompts are solved."""
     steps = terms.alarms.without_signal
-    counts = past.last("steps_without_signal", len(past.recent))
-    if len(past.recent) == metrics.step:  # the history has all steps of the run, and the count starts at 0
-        counts = [0.0, *counts]
-    if steps is None or len(counts) <= steps or counts[-1] - counts[-1 - steps] < steps:
+    if steps is None or not _all_silent(past, metrics.step, steps, by_advantages=terms.loss.use is None):
         return None
-    learned = metrics.values["steps_without_signal"] < metrics.step
-    if learned and (past.mean("solved_all", steps) or 0.0) >= SOLVED:
+    if _has_learned(past, metrics) and (past.mean("solved_all", steps) or 0.0) >= SOLVED:
         return None
+    counts = past.last(COUNT, steps)
+    moved = len(counts) == steps and counts[-1] - counts[0] < steps - 1
+    weights = "only terms of the loss without advantages move the weights" if moved else "the weights do not change"
     equal = past.mean("frac_reward_zero_std", steps)
     if equal is not None and equal < 1:
-        return _nothing_counts(steps, terms)
+        return _nothing_counts(steps, weights, moved, terms)
     reward = past.mean("reward", steps)
     mean = "" if reward is None else f" (the mean reward is {reward:.3g})"
     return Sign(
-        f"{steps} steps in a row had no signal: no group has different rewards{mean}, so the weights do not change",
+        f"{steps} steps in a row had no signal: no group has different rewards{mean}, so {weights}",
         "Read the completions, and try the reward on them (grpo rewards test, grpo rewards score). Use prompts that "
         f"are neither too hard nor too easy (data.curriculum, rollout.dynamic_sampling); {SAMPLE_MORE}.",
     )
 
 
-def _nothing_counts(steps: int, terms: AlarmTerms) -> Sign:
-    """The sign for rewards that differ although all gradients were 0."""
+def _all_silent(past: PastSteps, step: int, steps: int, by_advantages: bool) -> bool:
+    """Whether the last `steps` steps had a gradient of 0 or, `by_advantages`, no completion with an advantage: a KL
+    penalty or an entropy bonus has a gradient all the same. A loss of the user's own may need no advantages."""
+    known_steps = [{COUNT: 0.0}, *past.recent] if len(past.recent) == step else past.recent  # or some are forgotten
+    pairs = list(pairwise(known_steps))[-steps:]
+    return len(pairs) == steps and all(
+        (by_advantages and now.get(WITHOUT_ADVANTAGE)) or (COUNT in before and now.get(COUNT, 0.0) > before[COUNT])
+        for before, now in pairs
+    )
+
+
+def _has_learned(past: PastSteps, metrics: StepMetrics) -> bool:
+    """Whether any step had a signal. Where the count does not say so (a KL penalty has a gradient), the steps at both
+    ends of the run do: one had an advantage, or the reward has changed between them."""
+    if metrics.values.get(COUNT, 0.0) >= metrics.step:
+        return False
+    ends = (*past.first, *past.recent)
+    rewards = [known(some, "reward") for some in (past.first, past.recent)]
+    return not all(numbers.get(WITHOUT_ADVANTAGE) for numbers in ends) or rewards[0][:1] != rewards[1][-1:]
+
+
+def _nothing_counts(steps: int, weights: str, moved: bool, terms: AlarmTerms) -> Sign:
+    """Rewards differ, and yet no completion that is learned from has an advantage."""
     masked = terms.loss.mask_truncated_completions
     advice = (
         "loss.mask_truncated_completions excludes truncated completions: raise rollout.max_completion_length, or set "
@@ -74,10 +96,10 @@ def _nothing_counts(steps: int, terms: AlarmTerms) -> Sign:
         if masked
         else "Look at the advantages of the completions, and at the settings of the section loss."
     )
+    why = "no completion has an advantage" if moved else "the gradient was exactly 0"
     return Sign(
-        f"{steps} steps in a row had no signal: rewards differ, but the gradient was exactly 0, so the weights do not "
-        "change",
-        f"No completion in the loss has an advantage. {advice}",
+        f"{steps} steps in a row had no signal: rewards differ, but {why}, so {weights}",
+        f"No completion that is learned from has an advantage. {advice}",
     )
 
 

@@ -16,9 +16,10 @@ HELD = "keep the policy near its start with loss.beta: 0.01"
 class AlarmTerms:
     """The sections of a recipe that alarm rules use, and values derived from the other sections.
 
-    `weights` has the weight of each reward by name, environments' own rewards included; `environments` has the names of
-    the environments. `explained` is the gap between sampler and trainer that rounding explains. `metric` is the metric
-    that compares evaluations, None without `eval`. `penalised`: whether a KL penalty keeps the policy near its start.
+    `weights` are those of the rewards by name, environments' own included, and `environments` the names of these.
+    `explained` is the gap between sampler and trainer that rounding explains. `metric` is what evaluations are
+    compared by, None without `eval`. `penalised`: whether a KL penalty holds the model to its start. `apart`: whether
+    other processes sample (`ranks`). `float32`: whether the model computes in float32 already.
     """
 
     alarms: AlarmsConfig
@@ -30,6 +31,8 @@ class AlarmTerms:
     explained: Explained
     metric: str | None = None
     penalised: bool = False
+    apart: bool = False
+    float32: bool = False
 
     @property
     def slower(self) -> str:

@@ -1,4 +1,4 @@
-"""Applies every rule after each step or evaluation; each kind of alarm is raised once per run."""
+"""Every rule once a step, and every kind of alarm once a run, or once an episode."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from grpo.types import EvalMetrics, StepMetrics
 Seen = TypeVar("Seen", StepMetrics, EvalMetrics)
 Rule = Callable[[PastSteps, Seen, AlarmTerms], Sign | None]
 
+# Causes come before effects: alarms of a step are shown in this order.
 OF_STEPS: Mapping[str, Rule[StepMetrics]] = {
     "truncation": truncation,
     "failed_calls": failed_calls,
+    "failed_rewards": failed_rewards,
     "no_reward": no_reward,
     "equal_rewards": equal_rewards,
     "no_signal": no_signal,
-    "failed_rewards": failed_rewards,
     "entropy": entropy,
     "kl": kl,
     "gradient": gradient,
@@ -34,6 +35,11 @@ OF_STEPS: Mapping[str, Rule[StepMetrics]] = {
     "sampler": sampler,
     "ratios": ratios,
 }
+EPISODES = ("failed_rewards", "failed_calls")
+"""Kinds of alarm about code that fails. They are reported again for a new episode: a service that failed once may fail
+again for another reason."""
+APART = 25
+"""Steps from one report of such a kind to the next, at least."""
 OF_EVALUATIONS: Mapping[str, Rule[EvalMetrics]] = {"overfitting": overfitting}
 
 
@@ -51,7 +57,15 @@ def after_measuring(metrics: EvalMetrics, past: PastSteps, terms: AlarmTerms | N
 
 
 def _told(record: Seen, past: PastSteps, rules: Mapping[str, Rule[Seen]], terms: AlarmTerms) -> tuple[Seen, PastSteps]:
-    signs = {kind: rule(past, record, terms) for kind, rule in rules.items() if kind not in past.told}
-    alarms: tuple[Alarm, ...] = tuple(Alarm(kind, record.step, *sign) for kind, sign in signs.items() if sign)
-    told = (*past.told, *(alarm.kind for alarm in alarms))
-    return replace(record, alarms=alarms), replace(past, told=told)
+    open_rules = {kind: rule for kind, rule in rules.items() if kind not in past.told or kind in EPISODES}
+    signs = {kind: rule(past, record, terms) for kind, rule in open_rules.items()}
+    over = {kind for kind in past.told if kind in past.over or (kind in signs and signs[kind] is None)}
+    new = {kind: sign for kind, sign in signs.items() if sign and _is_new(kind, record.step, past)}
+    alarms: tuple[Alarm, ...] = tuple(Alarm(kind, record.step, *sign) for kind, sign in new.items())
+    told = {**past.told, **dict.fromkeys(new, record.step)}
+    return replace(record, alarms=alarms), replace(past, told=told, over=tuple(sorted(over - new.keys())))
+
+
+def _is_new(kind: str, step: int, past: PastSteps) -> bool:
+    """Whether a kind was never reported, or an episode of it ended since and the report is long ago."""
+    return kind not in past.told or (kind in past.over and step - past.told[kind] >= APART)

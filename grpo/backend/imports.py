@@ -38,7 +38,14 @@ def extra(name: str, what: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "grpo":
             raise
-        raise UserError(f"{what} needs {error.name}, which is not installed: pip install 'grpo-mlx[{name}]'") from None
+        raise UserError(f"{what} needs {error.name}, which is not installed: {install(name)}") from None
+
+
+def install(name: str) -> str:
+    """The command that installs this package with the extra `name`: from its checkout, if it runs from one."""
+    root = Path(__file__).resolve().parents[2]
+    checkout = (root / "pyproject.toml").is_file()
+    return f"pip install -e '{root}[{name}]'" if checkout else f"pip install 'grpo-mlx[{name}]'"
 
 
 def alone(name: str) -> ModuleType:

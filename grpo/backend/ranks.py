@@ -112,6 +112,20 @@ class Ranks:
         watch.start()
         return watch
 
+    def split(self, number: int, wanted: str, instead: str) -> Any:
+        """The MLX group of all processes that ask with this `number`; all processes must ask.
+
+        Raises UserError, with what was `wanted` and what to do `instead`, where the backend cannot make such groups.
+        """
+        assert self.group is not None
+        try:
+            return self.group.split(number)
+        except RuntimeError as error:
+            raise UserError(
+                f"{wanted}: this backend of MLX cannot make groups of some of the processes ({error}). {instead}, or "
+                "start the processes by --backend nccl, mpi or jaccl"
+            ) from error
+
     def divided(self, size: int | None) -> Ranks:
         """Form shard groups of `size` consecutive processes each (None: one group of all).
 
@@ -133,14 +147,8 @@ class Ranks:
             divided = Ranks(everyone=self)
             divided._shard = self
             return divided
-        assert self.group is not None
-        try:
-            groups = self.group.split(self.rank // size), self.group.split(self.rank % size)
-        except RuntimeError as error:
-            raise UserError(
-                f"model.shard_size: {size} of {self.size} processes: this MLX backend cannot form groups of processes "
-                f"({error}). Set model.shard_size to {self.size}, or start the processes with --backend mpi or jaccl"
-            ) from error
+        wanted, instead = f"model.shard_size: {size} of {self.size} processes", f"Set model.shard_size to {self.size}"
+        groups = [self.split(number, wanted, instead) for number in (self.rank // size, self.rank % size)]
         shard, divided = (Ranks(group, self) for group in groups)
         divided._shard = shard
         return divided

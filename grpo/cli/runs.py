@@ -17,12 +17,15 @@ def runs(
     """List the runs in a folder, with state, step, reward and best evaluation."""
     from rich.console import Console
 
-    from grpo.telemetry.recorded import find_runs, runs_table
+    from grpo.telemetry.console import print_wrapped
+    from grpo.telemetry.recorded import errors_of, find_runs, runs_table
     from grpo.telemetry.recorded import follow as show
 
     if follow is not None:
         show(follow, Console())
     elif found := find_runs(folder):
         Console().print(runs_table(found))
+        for line in errors_of(found):
+            print_wrapped(Console(), line)
     else:
         print(f"no runs in {folder}")

@@ -10,7 +10,8 @@ import typer
 
 def watch(
     runs: Annotated[
-        list[Path] | None, typer.Argument(metavar="RUN...", help="Folders of runs, running or ended.")
+        list[Path] | None,
+        typer.Argument(metavar="[RUN]...", help="Folders of runs, running or ended. Default: the newest in runs/."),
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on. 0: any free port.")] = 8650,
 ) -> None:
@@ -21,8 +22,6 @@ def watch(
     `ssh -L 8650:127.0.0.1:8650 HOST`.
     """
     from grpo.telemetry.live import watch as show
-    from grpo.telemetry.recorded import ask_for_a_run
+    from grpo.telemetry.recorded import named_or_newest
 
-    if not runs:
-        raise ask_for_a_run("watch")
-    show(runs, port, lambda line: print(line, flush=True))
+    show(named_or_newest(runs), port, lambda line: print(line, flush=True))

@@ -15,7 +15,7 @@ class AlarmsConfig(Section):
     in the first step or on average over the last 5 steps. null turns the alarm off, as for every alarm in this
     section."""
     without_signal: Annotated[int, Field(ge=1, le=24)] | None = 10
-    """Report this many steps in a row without a signal: no group has different rewards, so the weights do not change.
+    """Report this many steps in a row without a signal: no completion has an advantage, or the gradient is exactly 0.
     The alarm stays silent if the run has learned to solve its prompts."""
     entropy: Fraction | None = 0.1
     """Report an entropy collapse: the mean entropy of the last 10 steps is below this fraction of the mean of the first
@@ -34,13 +34,16 @@ class AlarmsConfig(Section):
     10 steps, is at least this value, positive or negative."""
     logp_difference: Annotated[float, Field(ge=1, le=1e6)] | None = 3.0
     """Report that sampler and trainer disagree: the mean difference between their logprobs in a step is at least this
-    many times the difference that rounding explains. `optim.max_logp_difference` stops the run."""
+    many times the difference that rounding explains. `optim.max_logp_difference` stops the run. With `ranks`, both look
+    only at steps whose completions come from the current policy, usually the first step: later logprobs are of two
+    policies."""
     effective_sample_size: Fraction | None = 0.3
     """Report that the importance ratios of trainer and sampler are uneven: the mean of `sampling/effective_sample_size`
     over the last 5 steps is below this value."""
     failed_rewards: Fraction | None = 0.05
     """Report a reward or an environment that fails or times out on more than this fraction of the completions of the
-    last 10 steps. `rewards.0.max_failure_rate` stops the run."""
+    last 10 steps. `rewards.0.max_failure_rate` stops the run. This alarm and `failed_calls` are reported again if the
+    failures stop and return, at least 25 steps after the last report."""
     failed_calls: Fraction | None = 0.5
     """Report that more than this fraction of the tool calls fail, in the first step or on average over the last 5
     steps."""

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from grpo.backend import blas as backend
 from grpo.backend.device import cpu_cores, memory_bytes, on_gpu
+from grpo.backend.imports import install
 from grpo.backend.versions import versions
 from grpo.doctor.finding import Finding, gigabytes
 from grpo.processes.sandbox.runner import missing
@@ -126,7 +127,7 @@ def blas(facts: Callable[[], MatrixProducts] = products) -> Finding:
     text = f"{here.by}; a {PRODUCT} × {PRODUCT} float32 product runs at {here.gflops:,.0f} GFLOP/s"
     if here.tuned and here.gflops >= SLOW_GFLOPS:
         return Finding("blas", "ok", text)
-    remedy = "pip install 'grpo-mlx[cpu]' (with MKL), or install OpenBLAS (libopenblas0), and leave GRPO_BLAS unset"
+    remedy = f"{install('cpu')} (with MKL), or install OpenBLAS (libopenblas0), and leave GRPO_BLAS unset"
     return Finding("blas", "warn", f"{text}: slow", remedy)
 
 

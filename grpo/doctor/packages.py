@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from grpo.backend import blas
+from grpo.backend.imports import install
 from grpo.backend.versions import numbers, requirements, untested
 from grpo.backend.versions import versions as installed_versions
 from grpo.doctor.finding import Finding
@@ -77,7 +78,7 @@ def backends(installed: Installed = installed_versions) -> Finding:
         return Finding("backends", "fail", f"{said} are installed over each other: they write the same files", again)
     if not there:
         text = "no package contains MLX's library: correct only if MLX was built from source"
-        return Finding("backends", "warn", text, "pip install 'grpo-mlx[cpu]', or [cuda12], [cuda13]")
+        return Finding("backends", "warn", text, f"{install('cpu')}, or [cuda12], [cuda13]")
     if set(there.values()) != {found.get("mlx")}:
         return Finding("backends", "fail", f"{said} does not match the version of mlx, {found.get('mlx')}", again)
     return Finding("backends", "ok", said)

@@ -8,11 +8,16 @@ from grpo.config import AdapterConfig, LossConfig, OptimConfig, RolloutConfig
 
 OF_RATIOS = ("epsilon", "epsilon_high", "delta", "off_policy_mask_threshold")
 OF_SAMPLERS = ("epsilon", "epsilon_high")
-"""Settings that dppo applies to ratios to the sampler, which differ from 1 even in the first update."""
+"""What dppo reads of a ratio to the sampler, which is not 1 even in the first update."""
+RESHAPING = ("top_k", "top_p", "min_p", "repetition_penalty", "min_completion_length")
+"""The settings of `rollout` that change the distribution that tokens are drawn from."""
 
 
-def notes_on(optim: OptimConfig, rollout: RolloutConfig, adapter: AdapterConfig, loss: LossConfig) -> Iterator[str]:
-    """Yield a note for each setting that has less effect than it seems, or an undesired effect."""
+def notes_on(
+    optim: OptimConfig, rollout: RolloutConfig, adapter: AdapterConfig, loss: LossConfig, lags: bool = False
+) -> Iterator[str]:
+    """A line for each setting that will do less than it says, or other than it should. `lags`: completions come from
+    the policy of the step before (`ranks`)."""
     every = adapter.sync_reference_every
     steps = "1 step" if optim.steps == 1 else f"{optim.steps} steps"
     if optim.warmup < optim.warmup_steps:
@@ -34,6 +39,7 @@ def notes_on(optim: OptimConfig, rollout: RolloutConfig, adapter: AdapterConfig,
         updates == 1
         and adapter.dropout == 0
         and not rollout.reuse
+        and not lags
         and loss.use is None
         and (unread := [f"loss.{name}" for name in of_ratios if name in loss.changed])
     ):
@@ -53,9 +59,12 @@ def layers_note(optim: OptimConfig, layers: int) -> str | None:
     )
 
 
-def filter_note(loss: LossConfig) -> str:
-    """A note on what sampling from a filtered or penalized distribution means for the loss."""
-    sampled = "sampling settings such as rollout.top_k change the distribution that completions are sampled from"
+def filter_note(loss: LossConfig, rollout: RolloutConfig) -> str:
+    """What sampling from a filtered or penalised distribution means for a loss."""
+    named = [
+        f"rollout.{name}" for name in RESHAPING if getattr(rollout, name) != RolloutConfig.model_fields[name].default
+    ]
+    sampled = f"sampling settings ({', '.join(named)}) change the distribution that completions are sampled from"
     if loss.use is None and loss.preset.surrogate == "dppo":
         return f"{sampled}; dppo's ratio is relative to that distribution"
     if loss.importance_sampling_correction != "none":

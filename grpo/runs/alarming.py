@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
+
 from grpo.alarms.terms import AlarmTerms
-from grpo.recipes import with_settings
 from grpo.training.trainer import Trainer
 
 
@@ -12,8 +13,6 @@ def terms_of(trainer: Trainer) -> AlarmTerms | None:
     cfg, scorer, alarms = trainer.cfg, trainer.scorer, trainer.cfg.alarms
     if alarms is None:
         return None
-    if cfg.ranks is not None:  # the logprobs come from two policies, which differ by more than rounding
-        alarms = with_settings(alarms, {"logp_difference": None})
     return AlarmTerms(
         alarms,
         cfg.rollout,
@@ -24,4 +23,6 @@ def terms_of(trainer: Trainer) -> AlarmTerms | None:
         trainer.gap.explained,
         cfg.best_metric if cfg.eval else None,
         cfg.has_penalty,
+        cfg.ranks is not None,
+        trainer.policy.dtype == mx.float32,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 
 from grpo.backend.ranks import Ranks
+from grpo.data.fingerprint import fingerprint
 from grpo.data.lengths import Lengths, measure_lengths
 from grpo.data.prompts import PromptRenderer
 from grpo.data.rows import Rows, rows_with_null
@@ -80,6 +81,30 @@ class Feed:
         return (
             f"data {cfg.label}, {cfg.split}: {count:,} of {len(self.rows):,} rows have a null prompt and are left out"
         )
+
+
+def overlap_note(held_out: Feed, feeds: Sequence[Feed]) -> str | None:
+    """What there is to say where the held-out rows are the rows of a source of tasks; None if they are not."""
+    for feed in feeds:
+        if _same_rows(held_out, feed):
+            cfg = feed.renderer.cfg
+            return (
+                f"eval: its rows are the training rows ({cfg.label}, {cfg.split}), so the evaluation measures prompts "
+                "that the model has trained on. For held-out prompts, name other rows (eval.source, eval.split)"
+            )
+    return None
+
+
+def _same_rows(one: Feed, other: Feed) -> bool:
+    """Whether two feeds have the same rows, by their settings or by the rows themselves; streamed rows only by
+    settings."""
+    first, second = (feed.renderer.cfg for feed in (one, other))
+    names = ("source", "use", "kwargs", "config", "revision", "split")
+    if all(getattr(first, name) == getattr(second, name) for name in names):
+        return True
+    if isinstance(one.rows, Streamed) or isinstance(other.rows, Streamed) or len(one.rows) != len(other.rows):
+        return False
+    return fingerprint(one.rows) == fingerprint(other.rows)
 
 
 def first_of(feeds: Sequence[Feed], n: int, scorer: Scorer, partners: Partners) -> list[Task]:

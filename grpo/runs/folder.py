@@ -40,7 +40,7 @@ COMPLETIONS = "completions"
 NOT_FINITE = "not_finite"
 """The folder for batches of updates that were skipped because they were not finite."""
 ENDED = ".ended"
-"""The file in which a run writes how it ended, in one word. A run that was killed has no such file."""
+"""How a run ended, written by the run itself: a word, then the error of a run that failed. A killed run has none."""
 NOW = ".now"
 """The file with the progress of the run's current phase, for commands that follow the run."""
 UNTRAINED = "untrained"
@@ -96,7 +96,9 @@ def _begin(cfg: Recipe, folder: Path) -> None:
     """Move a former run aside and write the new run's recipe. On an error, leave the folder as it was."""
     former = folder / FORMER
     try:
-        copies = copy_adapters(cfg, folder)  # before the move: they may belong to the run that is moved aside
+        copies = copy_adapters(cfg, folder)  # they may be of the run that is put aside
+        if failed_at_once(folder):
+            _delete_run(folder)
         _move_run(folder, former)
         (folder / FAILED).unlink(missing_ok=True)
         (folder / RECIPE).write_text(recipe_text(cfg), encoding="utf-8")
@@ -219,9 +221,10 @@ def is_running(folder: Path) -> bool:
 
 
 def _settle(folder: Path) -> None:
-    """Of two runs in a folder, keep the newer if it has recorded a step, or else restore the former."""
+    """Of two runs in a folder, keep the newer if it has a step on record, or else bring back the former. Without a
+    former run, one that failed in its first step stays: it says why."""
     former = folder / FORMER
-    if (folder / METRICS).exists():
+    if (folder / METRICS).exists() or (failed_at_once(folder) and not former.is_dir()):
         shutil.rmtree(former, ignore_errors=True)
         return
     if not former.is_dir() or (former / RECIPE).exists():  # else only a part of the former run was moved aside
@@ -262,7 +265,7 @@ def check_run_folder(cfg: Recipe, overwrite: bool, dry: bool = False) -> Path:
             raise UserError(BUSY.format(folder))
         if (folder / FORMER).is_dir():  # a run that replaced another was killed
             _settle(folder)
-        if is_run(folder) and not overwrite:
+        if is_run(folder) and not (overwrite or failed_at_once(folder)):
             raise UserError(
                 f"{folder} holds another run: resume it (--resume), name another folder (output_dir=...) or replace "
                 "the run (--overwrite)"
@@ -284,6 +287,20 @@ def is_run(folder: Path) -> bool:
         return ours and not (folder / STATE).exists()
     except (OSError, ValueError):
         return False
+
+
+def how_ended(folder: Path) -> tuple[str, str]:
+    """The word on how a run ended, and its error; empty where the folder has none."""
+    try:
+        word, _, error = (folder / ENDED).read_text(encoding="utf-8").partition("\n")
+    except (OSError, ValueError):
+        return "", ""
+    return word.strip(), error.strip()
+
+
+def failed_at_once(folder: Path) -> bool:
+    """Whether the folder holds a run that failed before it had a step on record; the next run there replaces it."""
+    return is_run(folder) and not (folder / METRICS).exists() and how_ended(folder)[0] == "failed"
 
 
 def check_is_run(folder: Path) -> None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from grpo.alarms.watch import after_measuring, after_step
-from grpo.errors import LostRankError, RunError
+from grpo.backend.secrets import masked
+from grpo.errors import LostRankError, RunError, UserError
 from grpo.runs.alarming import terms_of
 from grpo.runs.checkpoint import Context, checkpoint_path, newest_whole, save_checkpoint
 from grpo.runs.completions import store_completions, store_failed
@@ -109,11 +110,12 @@ class Loop:
             pass
         except LostRankError as error:
             saved = self._saved_after_loss()
-            self._note_end("failed")
+            self._note_end("failed", f"{error}. {saved}")
             raise LostRankError(f"{error}. {saved}", error.speaks) from None
-        except BaseException:  # other people's code may raise anything: a logger, KeyboardInterrupt
+        except BaseException as error:  # of other people's code too: a logger may raise KeyboardInterrupt
             self._save_after_error()
-            self._note_end("failed")
+            known = isinstance(error, RunError | UserError)
+            self._note_end("failed", str(error) if known else f"{type(error).__name__}: {error}")
             raise
         self._save_last()
         state = self._whole_state()
@@ -220,11 +222,12 @@ class Loop:
             why = error.strerror or error
             log.warning("the completions of step %d could not be stored: %s", metrics.step, why)
 
-    def _note_end(self, word: str) -> None:
-        """Write how the run ended, in one word, for `grpo runs`."""
+    def _note_end(self, word: str, error: str = "") -> None:
+        """Leave a word on how the run ended, and the error if one ended it, for `grpo runs` and `grpo report`."""
         if self.ranks.keeper:
-            with suppress(OSError):  # the folder itself may be gone
-                (self.folder / ENDED).write_text(f"{word}\n", encoding="utf-8")
+            with suppress(OSError):  # the folder may be what is gone
+                text = f"{word}\n{masked(error)}\n" if error else f"{word}\n"
+                (self.folder / ENDED).write_text(text, encoding="utf-8", errors="replace")
 
     @contextmanager
     def _keeps_failed(self, step: int) -> Iterator[None]:
@@ -235,7 +238,7 @@ class Loop:
         try:
             yield
         except BrokenRewardError as error:
-            raise RunError(f"{error}{self._store_failed(error, step)}") from error
+            raise RunError(f"{error}{self._store_failed(error, error.step or step)}") from error
 
     def _store_failed(self, error: BrokenRewardError, step: int) -> str:
         """Store the completions that a reward failed on, unless `log.completions` is off. Returns a text that says
@@ -252,7 +255,7 @@ class Loop:
         try:
             self._write()
         except OSError as error:
-            self._note_end("failed")
+            self._note_end("failed", self._unsaved(error))
             raise RunError(f"{self._unsaved(error)}. Make room there and continue with --resume.") from error
 
     def _save_after_error(self) -> None:

@@ -42,7 +42,7 @@ from grpo.recipes import with_settings
 from grpo.rollout import RolloutEngine, sampling_of
 from grpo.runs.agents import AgentsByName
 from grpo.runs.drawing import seed_of, source_of
-from grpo.runs.feed import Feed, first_of, lengths_of, longest_of
+from grpo.runs.feed import Feed, first_of, lengths_of, longest_of, overlap_note
 from grpo.runs.given import NOTHING, Given
 from grpo.runs.partners import Partners, invite, with_sources
 from grpo.runs.processes import notes_of_processes, one_plan, roles_of, untimed, updating
@@ -176,16 +176,16 @@ def _prepared(
     prompts = [note for feed, known in zip(feeds, lengths, strict=True) for note in feed.notes(known, partners)]
     head = filter(None, [positions, head_note(model, cfg.model)])
     notes = [*talk, *prompts, *generator.describe(), *head, *policy.notes, *(teacher.notes if teacher else [])]
-    notes += [*_of_filters(cfg, engine), *notes_on(cfg.optim, cfg.rollout, cfg.adapter, cfg.loss)]
-    held_out_note = held_out.null_prompts() if held_out else None
-    notes += filter(None, [held_out_note, layers_note(cfg.optim, len(model.layers)), trainer.update.optimizer.note])
+    notes += [*_of_filters(cfg, engine), *notes_on(cfg.optim, cfg.rollout, cfg.adapter, cfg.loss, roles is not None)]
+    of_held_out = [held_out.null_prompts(), overlap_note(held_out, feeds)] if held_out else []
+    notes += filter(None, [*of_held_out, layers_note(cfg.optim, len(model.layers)), trainer.update.optimizer.note])
     notes += notes_of_processes(ranks, roles, cfg.rollout, plan.slots, needs)
     return Prepared(trainer, evaluator, plan, planner, tasks, list(dict.fromkeys(notes)), rows, ExitStack())
 
 
 def _of_filters(cfg: Recipe, engine: RolloutEngine) -> list[str]:
-    """The note on sampling filters, if the recipe has any."""
-    return [filter_note(cfg.loss)] if engine.sampling.reshaped else []
+    """What there is to say of sampling that leaves tokens out."""
+    return [filter_note(cfg.loss, cfg.rollout)] if engine.sampling.reshaped else []
 
 
 def _needs(teacher: Teacher | None, model: nn.Module) -> TeacherNeeds:

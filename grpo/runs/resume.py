@@ -33,6 +33,7 @@ from grpo.runs.drawing import check_begins, gone_rates, rates_hash
 from grpo.runs.folder import (
     CHECKPOINTS,
     check_run_folder,
+    failed_at_once,
     is_run,
     newest_checkpoint,
     recipe_text,
@@ -130,7 +131,7 @@ def find_start(
     if goes_on and overwrite:
         raise UserError("--overwrite replaces the run, --resume continues it: choose one of them")
     check_run_folder(cfg, overwrite or goes_on, dry)
-    in_the_way = dry and is_run(folder) and not (overwrite or goes_on)
+    in_the_way = dry and is_run(folder) and not (overwrite or goes_on or failed_at_once(folder))
     goes_on = goes_on and is_run(folder)
     notes: list[str] = []
     if checkpoint is None and goes_on:

@@ -31,11 +31,12 @@ from grpo.scoring.own import OwnTerms, own_answers, rewarding_steps, terms_of, w
 from grpo.scoring.records import ConversationRecord, Placed, RewardRecord, failures_by_kind
 from grpo.scoring.session import Grader, Scoring, columns_of, request_of
 from grpo.scoring.text import counted, last_said
-from grpo.types import Failure, FailureKind, Group, Rollout, Task
+from grpo.types import FAILURES, Failure, FailureKind, Group, Rollout, Task
 
 log = logging.getLogger(__name__)
 
 
+NO_FAILURES: Mapping[str, float] = {}
 TOGETHER = (
     ". These completions were in one call, so one exception costs all of them their scores. With `calls: completion`, "
     "or a function that returns an exception instead of a score, only the failed completion loses its score"
@@ -44,11 +45,13 @@ TOGETHER = (
 
 
 class BrokenRewardError(RunError):
-    """A function failed on too many completions; `groups` are the groups of the last scoring."""
+    """A function failed on more completions than it may; `groups` are those of the scoring that showed it. `step` is
+    the step that they were sampled for, None where that is the loop's own."""
 
     def __init__(self, said: str, groups: Sequence[Group]) -> None:
         super().__init__(said)
         self.groups = groups
+        self.step: int | None = None
 
 
 class Scorer:
@@ -243,9 +246,19 @@ class Scorer:
                 raise BrokenRewardError(said, scored)
         return scored
 
-    def state(self) -> dict[str, Any]:
-        """The counts, as JSON values for `load_state`."""
+    def counted(self) -> dict[str, float]:
+        """The failures since the start in this process, by `kind/name`."""
+        return {
+            f"{kind}/{name}": float(record.kinds[kind]) for name, record in self.records.items() for kind in FAILURES
+        }
+
+    def state(self, others: Mapping[str, float] = NO_FAILURES) -> dict[str, Any]:
+        """What it has counted, as JSON holds it: what `load_state` takes. `others` are failures that other processes
+        have counted, by `kind/name`."""
         records = {name: record.state() for name, record in self.records.items()}
+        for name, record in records.items() if others else ():
+            kinds = {kind: record["kinds"].get(kind, 0) + int(others[f"{kind}/{name}"]) for kind in FAILURES}
+            record |= {"kinds": {kind: n for kind, n in kinds.items() if n}, "failures": sum(kinds.values())}
         by_steps = sorted(self._by_steps)
         return {"global_step": self._state["global_step"], "records": records, "by_steps": by_steps}
 

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from grpo.alarm import Alarm
 from grpo.backend.hub import one_line
@@ -83,17 +83,27 @@ def _append(path: Path, data: bytes) -> None:
         os.close(file)
 
 
+def steps_of(folder: Path) -> GrowingLog[StepMetrics]:
+    """A run's `metrics.jsonl`, to be read again and again."""
+    return GrowingLog(folder / METRICS, _step)
+
+
+def evaluations_of(folder: Path) -> GrowingLog[EvalMetrics]:
+    """A run's `eval.jsonl`, likewise."""
+    return GrowingLog(folder / EVALUATIONS, _evaluation)
+
+
 def read_steps(folder: Path) -> list[StepMetrics]:
     """The records of a run's `metrics.jsonl`, without an incomplete last line; empty if there is no file.
 
     Raises UserError for a line that is not a step's record.
     """
-    return _records(folder / METRICS, _step)
+    return steps_of(folder).read()
 
 
 def read_evaluations(folder: Path) -> list[EvalMetrics]:
-    """The records of a run's `eval.jsonl`. Raises UserError for a line that is not an evaluation's record."""
-    return _records(folder / EVALUATIONS, _evaluation)
+    """What a run's `eval.jsonl` says. Raises UserError for a line that is not an evaluation's record."""
+    return evaluations_of(folder).read()
 
 
 def _step(line: dict[str, Any]) -> StepMetrics:
@@ -131,17 +141,50 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def _records(path: Path, of: Callable[[dict[str, Any]], Record]) -> list[Record]:
-    try:
-        lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    records = []
-    for number, line in enumerate(lines, 1):
+class GrowingLog(Generic[Record]):
+    """A log that another process may be writing. `read` parses only the lines that were appended since the last call,
+    or the whole file if it was rewritten: a resumed run drops lines."""
+
+    TAIL = 64
+    """Bytes before the end of what was read that must still be there."""
+
+    def __init__(self, path: Path, of: Callable[[dict[str, Any]], Record]) -> None:
+        self._path, self._of = path, of
+        self._forget()
+
+    def _forget(self) -> None:
+        self._file, self._end, self._tail = -1, 0, b""
+        self._records: list[Record] = []
+
+    def read(self) -> list[Record]:
+        """All records so far, without a last line that is still being written. No file: none.
+
+        Raises UserError for a line that is not a record.
+        """
         try:
-            records.append(of(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-            raise UserError(f"{path}:{number}: not a record that grpo wrote: {one_line(error)}") from None
-    return records
+            with self._path.open("rb") as file:
+                number = os.fstat(file.fileno()).st_ino
+                file.seek(self._end - len(self._tail))
+                if number != self._file or file.read(len(self._tail)) != self._tail:
+                    self._forget()
+                    file.seek(0)
+                data = file.read()
+        except FileNotFoundError:
+            self._forget()
+            return []
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be read: {error.strerror}") from None
+        whole = data[: data.rfind(b"\n") + 1]
+        self._records += self._parsed(whole)
+        self._file, self._end = number, self._end + len(whole)
+        self._tail = (self._tail + whole)[-self.TAIL :]
+        return list(self._records)
+
+    def _parsed(self, whole: bytes) -> list[Record]:
+        records = []
+        for number, line in enumerate(whole.splitlines(), len(self._records) + 1):
+            try:
+                records.append(self._of(json.loads(line)))
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+                raise UserError(f"{self._path}:{number}: not a record that grpo wrote: {one_line(error)}") from None
+        return records

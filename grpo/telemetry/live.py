@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from grpo.errors import UserError
-from grpo.runs.folder import check_is_run
 from grpo.telemetry.page.data import page_data
 from grpo.telemetry.page.text import as_json
 from grpo.telemetry.progress import in_words, read_now
-from grpo.telemetry.recorded import read_run
+from grpo.telemetry.recorded import RecordedRun, RunReader
 from grpo.telemetry.report import page
 
 HOST = "127.0.0.1"
@@ -31,16 +30,16 @@ class LiveRuns:
 
     def __init__(self, folders: Sequence[Path], clock: Callable[[], float] = time.monotonic) -> None:
         """`clock` returns the time in seconds. Raises UserError for a folder that is not a run."""
-        for folder in folders:
-            check_is_run(folder)
-        self._folders, self._clock = folders, clock
+        self._readers, self._clock = [RunReader(folder) for folder in folders], clock
         self._lock = threading.Lock()
         self._completions: list[Any] = []
         self._read = float("-inf")
 
     def page(self) -> str:
         """The page with the current data. It fetches newer data by itself."""
-        return page(page_data([read_run(folder) for folder in self._folders]), DATA)
+        with self._lock:
+            runs = self._read_runs()
+        return page(page_data(runs), DATA)
 
     def data(self) -> str:
         """The current data as JSON; some responses contain the completions (see `RENEW`). Raises UserError for records
@@ -48,16 +47,25 @@ class LiveRuns:
         with self._lock:  # several pages would read the same files at the same time
             moment = self._clock()
             renew = moment - self._read >= RENEW
-            data = page_data([read_run(folder) for folder in self._folders], completions=renew)
+            data = page_data(self._read_runs(), completions=renew)
             if renew:
                 self._completions, self._read = [run["completions"] for run in data["runs"]], moment
             elif moment - self._read < SHARED:
                 for run, completions in zip(data["runs"], self._completions, strict=True):
                     run["completions"] = completions
-        for run, folder in zip(data["runs"], self._folders, strict=True):
-            if run["state"] == "running" and (now := read_now(folder)) is not None:
+        for run, reader in zip(data["runs"], self._readers, strict=True):
+            if run["state"] == "running" and (now := read_now(reader.folder)) is not None:
                 run["now"] = in_words(*now)
         return as_json(data)
+
+    def _read_runs(self) -> list[RecordedRun]:
+        return [reader.read() for reader in self._readers]
+
+
+def is_own_name(host: str | None, port: int) -> bool:
+    """Whether a request's `Host` names this server. A browser leaves out port 80."""
+    names = (HOST, "localhost")
+    return host in {f"{name}:{port}" for name in names} or (port == 80 and host in names)
 
 
 def server_of(runs: LiveRuns, port: int = 0) -> ThreadingHTTPServer:
@@ -75,7 +83,7 @@ def server_of(runs: LiveRuns, port: int = 0) -> ThreadingHTTPServer:
         def do_GET(self) -> None:
             makers = {"/": (runs.page, "text/html"), f"/{DATA}": (runs.data, "application/json")}
             port = self.connection.getsockname()[1]
-            if self.headers.get("Host") not in (f"{HOST}:{port}", f"localhost:{port}"):
+            if not is_own_name(self.headers.get("Host"), port):
                 advice = f"open http://localhost:{port}/; from another machine, use ssh -L {port}:{HOST}:{port} HOST"
                 self._answer(403, "text/plain", f"{advice}\n")
             elif (found := makers.get(self.path.partition("?")[0])) is None:

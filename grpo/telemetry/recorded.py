@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,9 +18,9 @@ from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.recipes import load_recipe
 from grpo.runs.checkpoint import RECIPE
-from grpo.runs.folder import ENDED, METRICS, UNTRAINED, WORSE, check_is_run, is_run, is_running
+from grpo.runs.folder import METRICS, UNTRAINED, WORSE, check_is_run, how_ended, is_run, is_running
 from grpo.telemetry.console import ConsoleLogger, is_fraction, print_wrapped
-from grpo.telemetry.jsonl import read_evaluations, read_steps
+from grpo.telemetry.jsonl import evaluations_of, steps_of
 from grpo.telemetry.progress import read_now
 from grpo.types import EvalMetrics, StepMetrics
 
@@ -54,13 +54,15 @@ class RecordedRun:
         error), or died (the process ended without recording why)."""
         if is_running(self.folder):
             return "running"
-        try:
-            word = (self.folder / ENDED).read_text(encoding="utf-8").strip()
-        except (OSError, ValueError):
-            word = ""
+        word, _ = how_ended(self.folder)
         if self.step >= self.recipe.optim.steps:
             return word if word in (UNTRAINED, WORSE) else "finished"
         return word if word in ("stopped", "failed") else "died"
+
+    @property
+    def error(self) -> str:
+        """The error that ended a failed run; empty for other runs."""
+        return how_ended(self.folder)[1] if self.state == "failed" else ""
 
     @property
     def best(self) -> EvalMetrics | None:
@@ -72,10 +74,25 @@ class RecordedRun:
         return max(measured, key=lambda evaluation: evaluation.values[name], default=None)
 
 
+class RunReader:
+    """A run's folder, to be read again and again: what was read of its logs is kept."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UserError for what is no run's folder."""
+        check_is_run(folder)
+        self.folder = folder
+        self._steps, self._evaluations = steps_of(folder), evaluations_of(folder)
+
+    def read(self) -> RecordedRun:
+        """The run as it is now. Raises UserError for what is no run's folder any more."""
+        check_is_run(self.folder)
+        recipe = load_recipe(self.folder / RECIPE)
+        return RecordedRun(self.folder, recipe, self._steps.read(), self._evaluations.read())
+
+
 def read_run(folder: Path) -> RecordedRun:
-    """A run, read from its folder. Raises UserError for a folder that is not a run."""
-    check_is_run(folder)
-    return RecordedRun(folder, load_recipe(folder / RECIPE), read_steps(folder), read_evaluations(folder))
+    """A run's folder as it is now. Raises UserError for what is none."""
+    return RunReader(folder).read()
 
 
 def find_runs(folder: Path) -> list[RecordedRun]:
@@ -85,9 +102,8 @@ def find_runs(folder: Path) -> list[RecordedRun]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; name the folder with your runs")
-    found = {path.parent for path in folder.rglob(RECIPE) if not _is_hidden(path, folder) and is_run(path.parent)}
     runs = []
-    for path in sorted(found, key=_written, reverse=True):
+    for path in _newest_first(folder):
         try:
             runs.append(read_run(path))
         except UserError as error:
@@ -95,13 +111,20 @@ def find_runs(folder: Path) -> list[RecordedRun]:
     return runs
 
 
-def ask_for_a_run(command: str, folder: Path = Path("runs")) -> UserError:
-    """The error for `grpo COMMAND` without a run: it names the newest run in `folder`, if there is any."""
-    found = find_runs(folder) if folder.is_dir() else []
-    if not found:
-        return UserError(f"name a run: grpo {command} RUN. There are no runs in {folder}/")
-    listed = "" if len(found) == 1 else f"; grpo runs lists all {len(found)}"
-    return UserError(f"name a run: grpo {command} {found[0].folder} (the newest in {folder}/{listed})")
+def named_or_newest(named: Sequence[Path] | None, folder: Path = Path("runs")) -> list[Path]:
+    """The folders that were named, or else the newest run in `folder`. Raises UserError where there is none."""
+    if named:
+        return list(named)
+    if not (found := _newest_first(folder)):
+        where = "has no run" if folder.is_dir() else "does not exist here"
+        raise UserError(f"no run was named, and the folder {folder} {where}: name a run's folder (its output_dir)")
+    return found[:1]
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    """The folders of runs in a folder and below, the last written first."""
+    found = {path.parent for path in folder.rglob(RECIPE) if not _is_hidden(path, folder) and is_run(path.parent)}
+    return sorted(found, key=_written, reverse=True)
 
 
 def _is_hidden(path: Path, folder: Path) -> bool:
@@ -128,17 +151,23 @@ def runs_table(runs: list[RecordedRun]) -> Table:
     return table
 
 
+def errors_of(runs: list[RecordedRun]) -> list[str]:
+    """A line for each failed run of a list: its folder, and the first line of its error."""
+    return [f"{run.folder} failed: {run.error.splitlines()[0]}" for run in runs if run.error]
+
+
 def follow(folder: Path, console: Console, wait: Callable[[], None] = lambda: time.sleep(1)) -> None:
-    """Show a run as the run's own terminal does, until it ends. Raises UserError for a folder that is not a run."""
-    first, shown = read_run(folder), 0
-    seen: list[EvalMetrics] = []
+    """Show a run as its own terminal does, until it ends. Raises UserError for what is no run."""
+    reader, shown = RunReader(folder), 0
+    first = reader.read()
+    told: list[EvalMetrics] = []
     with ConsoleLogger(console, first.recipe.optim.steps) as logger:
         while True:
             runs_now = is_running(folder)  # checked before reading, so that the last lines of an ended run are read
-            run = read_run(folder)
-            new: list[StepMetrics | EvalMetrics] = [record for record in run.evaluations if record not in seen]
-            seen = run.evaluations
-            for record in (*new, *(step for step in run.steps if step.step > shown)):
+            run = reader.read()
+            new: list[StepMetrics | EvalMetrics] = [one for one in run.evaluations if one not in told]
+            told = run.evaluations
+            for record in (*new, *(one for one in run.steps if one.step > shown)):
                 logger.log(record)
                 for alarm in record.alarms:
                     print_wrapped(console, f"alarm    {alarm}")
@@ -149,6 +178,8 @@ def follow(folder: Path, console: Console, wait: Callable[[], None] = lambda: ti
                 break
             wait()
     console.print(f"{run.state} after step {run.step}", highlight=False)
+    if run.error:
+        print_wrapped(console, run.error)
 
 
 def _written(folder: Path) -> float:

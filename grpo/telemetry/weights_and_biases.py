@@ -25,6 +25,8 @@ INIT_TIMEOUT, FINISH_TIMEOUT = 30.0, 300.0
 """Seconds to wait for the service: at the start, and for the last uploads."""
 STEP = "train/global_step"
 TABLE = "completions"
+DIGITS = 6
+"""Decimals of an advantage for people: its noise in float32 is below."""
 COLUMNS = ["step", "prompt", "completion", "reward", "advantage"]
 
 
@@ -97,7 +99,7 @@ class WandbLogger:
         if rewards:
             made["histograms/reward"] = wandb.Histogram(rewards)
         rows = (
-            [record.step, asked(group.task, r.trajectory), transcript(r), r.reward, r.advantage]
+            [record.step, asked(group.task, r.trajectory), transcript(r), r.reward, round(r.advantage, DIGITS)]
             for group in record.sampled
             for r in group.rollouts
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Collection, Mapping, Sequence
@@ -18,15 +19,15 @@ from grpo.document import Dumper
 from grpo.model.load import looks_like_path, model_folder
 from grpo.recipes import with_settings
 from grpo.runs.checkpoint import read_state
+from grpo.runs.folder import METRICS
 from grpo.tools.license import license_of
-from grpo.tools.snippets import BASE, snippet
+from grpo.tools.snippets import BASE, blanks, snippet
 
 
 def model_card(cfg: Recipe, checkpoint: Path, form: str, notes: Sequence[str], repo: str | None = None) -> str:
     """Return the text of an export's `README.md`. `repo` is its Hub repository, if it is uploaded."""
     state = read_state(checkpoint)
-    rewards = ", ".join(f"`{short_name(reward.use)}` × {reward.weight:g}" for reward in cfg.rewards)
-    rewards = rewards or ("the environment's own" if cfg.conversations else "none")
+    rewards = ", ".join(f"`{name}` × {weight:g}" for name, weight in _rewards(cfg, checkpoint.parents[1])) or "none"
     lines = [
         f"---\n{yaml.safe_dump(_front_matter(cfg, form), sort_keys=False)}---",
         f"# {Path(cfg.output_dir or 'run').name}",
@@ -43,6 +44,17 @@ def model_card(cfg: Recipe, checkpoint: Path, form: str, notes: Sequence[str], r
         ", ".join(f"{name} {version}" for name, version in state["versions"].items()) + ".",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _rewards(cfg: Recipe, run: Path) -> list[tuple[str, float]]:
+    """The rewards' names and weights: functions, then environments that gave a reward in the last step on record."""
+    try:
+        last = json.loads((run / METRICS).read_text(encoding="utf-8").splitlines()[-1])
+    except (OSError, ValueError, IndexError):  # nothing on record, or not in full
+        last = None
+    own = [config for config in cfg.conversations.values() if config.what]
+    gave = [one for one in own if (last is None and not cfg.rewards) or f"rewards/{one.called}/mean" in (last or {})]
+    return [(short_name(one.use), one.weight) for one in cfg.rewards] + [(short_what(one), one.weight) for one in gave]
 
 
 def _rows(cfg: Recipe) -> str:
@@ -114,9 +126,15 @@ def short_what(config: EnvironmentConfig) -> str:
 
 
 def _use(cfg: Recipe, form: str, repo: str | None) -> list[str]:
-    """Return a snippet that uses the export, and where to find its base if the base is not on the Hub."""
+    """How the export is used, and where its base is, if that is nowhere on the Hub."""
+    data = next(iter(cfg.data.parts.values()))  # of several sources the prompts of the first
+    named = [f"`{name.upper()}`" for name in blanks(data)]
+    fill = [f"Replace {' and '.join(named)} with your own text."] if named else []
+    return [*_example(cfg, data, form, repo), *fill]
+
+
+def _example(cfg: Recipe, data: DataConfig, form: str, repo: str | None) -> list[str]:
     name, length = cfg.model.name, cfg.rollout.max_completion_length
-    data = next(iter(cfg.data.parts.values()))  # with several sources, prompts like the first source's
     if form == "fused" or name not in builtin_models.NAMES:
         return [snippet(form, short_name(name), repo, cfg.model, data, length)]
     if repo is None:

@@ -6,6 +6,7 @@ import json
 import shlex
 
 from grpo.config import DataConfig, ModelConfig
+from grpo.data.templates import columns_of
 from grpo.model.load import model_folder
 
 FOLDER, BASE = "FOLDER", "BASE"
@@ -71,8 +72,13 @@ def _peft(base: str, adapter: str, model: ModelConfig, data: DataConfig, length:
 
 
 def _prompt(data: DataConfig) -> str:
-    """Return the run's template, whose columns the reader fills in; dots if one column was the whole prompt."""
-    return data.prompt if "{" in data.prompt else "..."
+    """The run's template with its columns in capitals, as `FOLDER` is; dots where a column was the whole prompt."""
+    return data.prompt.format(**{name: name.upper() for name in blanks(data)}) if "{" in data.prompt else "..."
+
+
+def blanks(data: DataConfig) -> list[str]:
+    """The columns of the run's template, which the example has in capitals."""
+    return list(dict.fromkeys(columns_of(data.prompt))) if "{" in data.prompt else []
 
 
 def _wraps(model: ModelConfig, data: DataConfig) -> bool:

@@ -19,7 +19,7 @@ from grpo.data.source import Source, taken
 from grpo.model.policy import Policy
 from grpo.objective.loss import CustomLoss
 from grpo.rollout import RolloutEngine, with_policy_step
-from grpo.scoring.scorer import Scorer
+from grpo.scoring.scorer import BrokenRewardError, Scorer
 from grpo.training.ahead import Ahead, Sampled
 from grpo.training.batches import MiniBatch
 from grpo.training.clock import Clock
@@ -119,7 +119,11 @@ class ApartTrainer(Trainer):
         with self.scorer.open(tasks) as scoring:
             groups = self.engine.rollout(tasks, cfg.num_generations, cfg.temperature, key, whole=scoring.add, deal=deal)
             clock.lap("rollout")
-            scored = self.scorer.score(with_policy_step(groups, policy_step), scoring)
+            try:
+                scored = self.scorer.score(with_policy_step(groups, policy_step), scoring)
+            except BrokenRewardError as error:
+                error.step = step  # the loop is one step behind
+                raise
         clock.lap("reward")
         drafted, failures = self.engine.generator.drafted(), self.scorer.failure_counts()
         return Sampled(scored, deal.taken, drafted, failures, self.scorer.metrics(), clock.laps)

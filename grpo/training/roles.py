@@ -111,13 +111,5 @@ def _learners(everyone: Ranks, cfg: RanksConfig, trains: bool) -> Ranks:
     """The processes that train. All processes must take part in the split, also the samplers, which do not use it."""
     if cfg.train == 1:
         return Ranks(everyone=everyone)
-    assert everyone.group is not None
-    try:
-        group = everyone.group.split(0 if trains else 1)
-    except RuntimeError as error:
-        raise UserError(
-            f"ranks.train: {cfg.train} processes that train exchange gradients while the others sample, but this "
-            f"MLX backend cannot make a group of them ({error}). Set ranks.train to 1, or start the processes with "
-            "--backend nccl, mpi or jaccl"
-        ) from error
-    return Ranks(group, everyone)
+    wanted = f"ranks.train: {cfg.train} processes that train exchange gradients while the others sample"
+    return Ranks(everyone.split(0 if trains else 1, wanted, "Set ranks.train to 1"), everyone)

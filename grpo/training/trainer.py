@@ -73,6 +73,8 @@ class Trainer:
         self.gap = GapWatch(policy, cfg.optim.max_logp_difference, cfg.rollout.kv_bits)
         self.before = Before(policy.adapters, cfg.adapter.type == "full", policy.spread is not None)
         self.older = OlderGroups(cfg.rollout.reuse)
+        self._elsewhere: dict[str, float] = {}
+        """Failures that other processes have counted, as of the last step."""
         self.update = Updater(
             policy,
             cfg.optim,
@@ -205,7 +207,10 @@ class Trainer:
         return status | ({"beta": beta} if self.cfg.loss.beta_end is not None else {})
 
     def told(self) -> dict[str, float]:
-        """The metrics of tasks, decoding and scoring for the step's groups."""
+        """The metrics that tasks, decoding and scoring have to tell of the step's groups."""
+        if self.ranks.size > 1:
+            own = self.scorer.counted()
+            self._elsewhere = {name: n - own[name] for name, n in self.ranks.sum_counts(own).items()}
         return {
             **self.tasks.metrics(),
             **speculation_metrics(self.ranks.sum_counts(self.engine.generator.drafted())),
@@ -243,10 +248,11 @@ class Trainer:
         return optimizer if shards.ranks.size == 1 else Joined(shards, optimizer)
 
     def counts(self) -> dict[str, Any]:
-        """The counters of the source, the scorer and the updates, as JSON values."""
+        """The counters of the source, the scorer and the updates, as JSON values. Other processes' failures are those
+        of the last step: to ask here would leave a step that is done unsaved where a process was lost."""
         return {
             "tasks": self.tasks.state(),
-            "scorer": self.scorer.state(),
+            "scorer": self.scorer.state(self._elsewhere),
             "skipped_in_a_row": self.update.skipped_in_a_row,
             "steps_without_signal": self.update.steps_without_signal,
         }

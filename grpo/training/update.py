@@ -152,11 +152,12 @@ class Updater:
     def _skip(self, gradient: Gradient, update: Update, step: int) -> None:
         self.skipped_in_a_row += 1
         where = self._keep(self.inspect / f"step-{step:06d}", gradient, update) if self.inspect is not None else ""
+        finer = "" if self.policy.dtype == mx.float32 else ", or model.dtype: float32,"
         if self.skipped_in_a_row >= self.cfg.max_skipped_updates:
             raise RunError(
                 f"step {step}: the update is not finite: loss {update.loss}, gradient norm {update.grad_norm}. Skipped "
                 f"updates in a row: {self.skipped_in_a_row}; none of them was applied.{where} "
-                "A lower optim.learning_rate or optim.max_grad_norm, or model.dtype: float32, may help."
+                f"A lower optim.learning_rate or optim.max_grad_norm{finer} may help."
             )
 
     def _keep(self, folder: Path, gradient: Gradient, update: Update) -> str:

@@ -84,6 +84,32 @@ def test_where_rewards_differ_the_gradient_is_named() -> None:
         assert said in alarm.advice
 
 
+def taught_by(reward: float, advantage: float, n: int, count: float = 0.0, equal: float = 1.0) -> StepMetrics:
+    """A step whose update had a gradient all the same, by a KL penalty."""
+    rollout = Rollout(Trajectory.sampled((1,), None, "", "stop"), reward=reward, advantage=advantage)
+    values = {"steps_without_signal": count, "reward": reward, "frac_reward_zero_std": equal, "solved_all": reward}
+    return StepMetrics(n, values, (Group(Task(0, "", (), {}), (rollout, rollout)),))
+
+
+def silent_steps(reward: float, first: int = 1) -> list[StepMetrics]:
+    return [taught_by(reward, 0.0, n) for n in range(first, first + 11)]
+
+
+def test_a_penalty_that_moves_the_weights_is_no_signal() -> None:
+    """Ten steps without an advantage, of which none has a gradient of 0."""
+    alarms, _ = watched(silent_steps(0.0), terms(penalised=True))
+    assert [(alarm.kind, alarm.step) for alarm in alarms] == [("equal_rewards", 1), ("no_signal", 10)]
+    assert alarms[-1].what.endswith("so only terms of the loss without advantages move the weights")
+    assert "no_signal" not in dict(kinds(silent_steps(0.0)[:9]))
+    assert dict(kinds(silent_steps(1.0)))["no_signal"] == 10  # a constant reward of 1 has taught nothing
+    assert kinds([taught_by(0.5, 1.0, 1), *silent_steps(1.0, 2)]) == []  # it came to solve its prompts
+    assert "no_signal" not in dict(kinds([taught_by(0.0, float(n == 5), n) for n in range(1, 12)]))
+    own = terms(loss=LossConfig(use="own:loss"))  # such a loss may need no advantages
+    assert "no_signal" not in dict(kinds(silent_steps(0.0), own))
+    (alarm,), _ = watched([taught_by(0.0, 0.0, n, equal=0.5) for n in range(1, 11)])
+    assert "rewards differ, but no completion has an advantage, so only terms of the loss" in alarm.what
+
+
 def test_rewards_that_are_too_large_for_their_squares_end_nothing() -> None:
     task = Task(0, "", (), {})
     rollouts = [
@@ -139,8 +165,16 @@ def test_kl_and_the_gradient_explode() -> None:
     )
 
 
+def test_float32_is_no_advice_for_a_float32_model() -> None:
+    for known, advised in ((terms(), True), (terms(float32=True), False)):
+        (alarm,), _ = watched([{"skipped_updates": 1.0}], known)
+        assert ("model.dtype: float32" in alarm.advice) == advised
+
+
 def group(pairs: list[tuple[float | None, int]]) -> Group:
-    made = [Rollout(Trajectory.sampled((1,) * n, None, "", "stop"), reward=reward) for reward, n in pairs]
+    made = [
+        Rollout(Trajectory.sampled((1,) * n, None, "", "stop"), reward=reward, advantage=1.0) for reward, n in pairs
+    ]
     return Group(Task(0, "", (), {}), tuple(made))
 
 
@@ -300,6 +334,36 @@ def test_each_kind_is_told_once_and_what_was_told_is_kept() -> None:
     kept = PastSteps.of(json.loads(json.dumps(past.plain())))
     assert kept == past
     assert watched([wrong] * 9, past=kept)[0] == []
+
+
+def test_failures_that_end_and_return_are_reported_again() -> None:
+    """One bad step is in the mean of ten steps: the episodes are steps 1 to 10, 21 to 30, 41 to 50 and 91 to 100."""
+    fails = {"rewards/exact/timeout_rate": 1.0}
+    steps = [fails if n in (1, 21, 41, 91) else {"rewards/exact/timeout_rate": 0.0} for n in range(1, 120)]
+    said = kinds(steps)
+    assert said == [("failed_rewards", n) for n in (1, 26, 91)]  # 21 and 41 are less than 25 steps after a report
+    assert kinds([fails] * 120) == [("failed_rewards", 1)]  # one episode
+    later = [{"rewards/exact/timeout_rate": float(n == 1 or n > 20)} for n in range(1, 60)]
+    assert kinds(later) == [("failed_rewards", 1), ("failed_rewards", 26)]  # as soon as 25 steps have passed
+    assert kinds([{"kl": 3.0 * (n % 50 == 1)} for n in range(120)]) == [("kl", 2)]
+
+
+def test_episodes_outlive_a_checkpoint_and_older_checkpoints_are_read() -> None:
+    rate = "rewards/exact/timeout_rate"
+    _, past = watched([{rate: float(n == 1)} for n in range(1, 20)])
+    kept = PastSteps.of(json.loads(json.dumps(past.plain())))
+    assert (kept, kept.told, kept.over) == (past, {"failed_rewards": 1}, ("failed_rewards",))
+    record, _ = after_step(StepMetrics(40, {rate: 1.0}), kept, terms())
+    assert [alarm.kind for alarm in record.alarms] == ["failed_rewards"]
+    plain = {name: value for name, value in past.plain().items() if name != "over"} | {"told": ["kl"]}
+    assert "kl" in PastSteps.of(plain).told
+
+
+def test_processes_that_sample_apart_are_compared_at_steps_without_lag() -> None:
+    gap, lag, apart = "sampling/sampling_logp_difference/mean", "policy_lag/max", terms(apart=True)
+    assert kinds([{gap: 1.0, lag: 0.0}], apart) == [("sampler", 1)]
+    assert kinds([{gap: 0.0, lag: 0.0}, {gap: 1.0, lag: 1.0}], apart) == []
+    assert kinds([{gap: 1.0, lag: 1.0}]) == [("sampler", 1)]  # of replayed groups the metric has none
 
 
 def test_off_keeps_nothing() -> None:

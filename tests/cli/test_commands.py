@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from telemetry.pages import data_in
 
 from grpo.recipes import load_recipe
 from grpo.runs.completions import read_completions
@@ -260,13 +261,24 @@ def test_a_broken_reward_stops_the_run_with_its_traceback(run_cli, recipe, tmp_p
     assert "reward 'digits' failed on 8 of the last 8 completions" in ran.err
     assert "digits.py" in ran.err
     assert "with the error for each, are in runs/toy/failed_step.parquet" in ran.err
-    assert files(Path("runs/toy")) == {"failed_step.parquet"}
+    assert files(Path("runs/toy")) == {"failed_step.parquet", "recipe.yaml", ".ended"}
     step, groups = read_completions(Path("runs/toy/failed_step.parquet"))
     failures = [rollout.failures["digits"] for group in groups for rollout in group.rollouts]
     assert (step, len(failures)) == (1, 8)
     assert "KeyError" in failures[0].error or "TypeError" in failures[0].error
-    assert run_cli("train", recipe, "log.completions=null").code == 1
-    assert not Path("runs/toy").exists()
+    listed = run_cli("runs")
+    assert "failed 0/2 " in " ".join(listed.out.split())
+    assert "runs/toy failed: reward 'digits' failed on 8 of the last 8 completions" in listed.out
+    assert run_cli("report", "runs/toy").code == 0
+    (run,) = data_in(Path("runs/toy/report.html").read_text())["runs"]
+    ((step, kind, what, advice),) = run["alarms"]
+    assert (step, kind, advice) == (0, "failed", "Fix the cause, then run the same command again.")
+    assert what.startswith("reward 'digits' failed on 8 of the last 8 completions")
+    assert len(run["completions"]["rows"]) == 8
+    assert "failed after step 0" in run_cli("runs", "--follow", "runs/toy").out
+    assert "runs/toy" not in run_cli("train", recipe, "--dry-run").err  # it is in nobody's way
+    assert run_cli("train", recipe, "log.completions=null").code == 1  # nor in a real run's
+    assert files(Path("runs/toy")) == {"recipe.yaml", ".ended"}
     (tmp_path / "digits.py").write_text("def reward(completions, **_):\n    return [len(c) % 3 for c in completions]\n")
     assert run_cli("train", recipe).code == 0  # the mended command is not refused
 

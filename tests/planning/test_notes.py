@@ -50,6 +50,11 @@ def test_notes(recipe, overrides: list[str], notes: list[str]) -> None:
     assert all(note.startswith(said) for note, said in zip(found, notes, strict=True))
 
 
+def test_completions_of_the_step_before_have_ratios_to_bound(recipe) -> None:
+    cfg = load_recipe(recipe, ["loss.epsilon=0.1"])
+    assert list(notes_on(cfg.optim, cfg.rollout, cfg.adapter, cfg.loss, lags=True)) == []
+
+
 def test_a_warmup_longer_than_the_run_leaves_the_last_step_at_the_full_rate(recipe) -> None:
     optim = load_recipe(recipe, ["optim={steps: 4, warmup_steps: 10, learning_rate: 3}"]).optim
     assert [learning_rate(optim, step) for step in range(1, 5)] == [1, 2, 3, 3]
@@ -75,7 +80,9 @@ def test_the_plan_says_it(run_cli, recipe) -> None:
 def test_what_filters_mean_is_said_by_the_loss_and_nothing_is_advised_that_is_refused(
     recipe, overrides: list[str], says: str
 ) -> None:
-    assert says in filter_note(load_recipe(recipe, overrides).loss)
+    cfg = load_recipe(recipe, [*overrides, "rollout.top_p=0.9", "rollout.top_k=0"])
+    assert says in filter_note(cfg.loss, cfg.rollout)
+    assert "sampling settings (rollout.top_p) change the distribution that" in filter_note(cfg.loss, cfg.rollout)
     if "would" in says:
         load_recipe(recipe, [*overrides, "loss.importance_sampling_correction=token_truncate"])
 

@@ -171,7 +171,7 @@ def test_a_dry_run_finds_what_does_not_fit(asking: Path, run_cli, override: str,
 
 def test_the_extra_is_asked_for_before_anything_is_loaded(asking: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setitem(sys.modules, "starlette", None)
-    with pytest.raises(UserError, match=r"environment.agent needs starlette.*pip install 'grpo-mlx\[serve\]'"):
+    with pytest.raises(UserError, match=r"environment.agent needs starlette.*pip install -e '.*\[serve\]'"):
         prepare(load_recipe(asking, ["model.name=nowhere/at-all"]))
 
 

@@ -88,6 +88,21 @@ def _odd(self, messages, **kwargs) -> list[int]:
     return [1, 100_000 if "~" in messages[-1]["content"] else 2]
 
 
+def test_held_out_rows_that_are_the_training_rows_are_a_note(recipe: Path, tmp_path: Path) -> None:
+    def notes(*overrides: str) -> list[str]:
+        return [
+            note for note in prepared(recipe, *overrides).notes if note.startswith("eval: its rows are the training")
+        ]
+
+    (note,) = notes("eval.split=train")
+    assert "train.jsonl, train), so the evaluation measures prompts that the model has trained on" in note
+    write(tmp_path / "held.jsonl", "x?", "y?", "z?", "a?")
+    assert notes("eval.source=held.jsonl", "eval.split=train") == []
+    (tmp_path / "held.jsonl").write_text((tmp_path / "train.jsonl").read_text())
+    assert len(notes("eval.source=held.jsonl", "eval.split=train")) == 1  # the same rows in another file
+    assert notes() == []
+
+
 def test_held_out_prompts_are_checked_and_planned_for(recipe: Path, tmp_path: Path) -> None:
     write(tmp_path / "held.jsonl", *SHORT_THEN_LONG)
     held = ["eval.source=held.jsonl", "eval.split=train"]

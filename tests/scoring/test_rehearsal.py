@@ -55,11 +55,41 @@ def test_what_a_run_would_survive_is_a_note() -> None:
     assert metric.startswith("reward 'metric' failed on 4 of 4 trial completions")
 
 
+def test_a_constant_reward_is_a_note_unless_few_rows_were_tried() -> None:
+    rows = [Task(n, f"{n}?", (7,), {"answer": str(n)}) for n in range(4)]
+    said = []
+
+    def constant(completions, **_):
+        said.extend(completions)
+        return [1.0] * len(completions)
+
+    (note,) = rehearse(Scorer({"same": constant}), rows, encode)
+    assert note.startswith("reward 'same' gave 1 to all 12 trial completions, on 4 rows. If it gives equal scores")
+    assert "every advantage is 0" in note
+    assert "3" in said
+    (note,) = rehearse(Scorer({"zero": lambda completions, **_: [0.0] * len(completions)}), rows, encode)
+    assert "on 4 rows. They may all be wrong answers. But if it gives equal scores" in note
+    assert rehearse(Scorer({"same": constant}), rows[:3], encode) == []
+    assert rehearse(Scorer({"metric": constant}, {"metric": 0}), rows, encode) == []
+    assert rehearse(Scorer({"none": lambda completions, **_: [None] * len(completions)}), rows, encode) == []
+
+
+def test_a_reward_that_knows_the_answer_is_not_called_constant() -> None:
+    """All made-up answers are wrong; those that quote the row are not."""
+    rows = [Task(n, f"{n}?", (7,), {"answer": str(n)}) for n in range(100, 104)]
+    for reward in (
+        lambda completions, answer, **_: [float(a == b) for a, b in zip(completions, answer, strict=True)],
+        lambda completions, answer, **_: [f"boxed{{{b}}}" in a for a, b in zip(completions, answer, strict=True)],
+        lambda completions, answer, **_: [f"#### {b}" in a for a, b in zip(completions, answer, strict=True)],
+    ):
+        assert rehearse(Scorer({"exact": reward}), rows, encode) == []
+
+
 @pytest.mark.parametrize("isolation", ["process", "inline"])
 def test_a_dry_run_calls_rewards_but_none_that_costs_money(run_cli, recipe, isolation: str) -> None:
     Path("mine.py").write_text(
         "def mine(completions, **_):\n    with open('called', 'a') as file:\n        file.write('x')\n"
-        "    return [1.0] * len(completions)\n"
+        "    return [float(len(c)) for c in completions]\n"
     )
     Path("judge.py").write_text(f"PAID = True\n{Path('mine.py').read_text()}".replace("called", "paid"))
     Path("bad.py").write_text("def mine(completions, **_):\n    return [c.no_such_thing for c in completions]\n")

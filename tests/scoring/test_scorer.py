@@ -1,5 +1,6 @@
 """Reward functions: what they receive, and that a failure is never a zero."""
 
+import json
 import math
 from contextlib import closing
 
@@ -124,6 +125,22 @@ def test_a_metric_may_fail_as_it_likes() -> None:
         groups = scorer.score(GROUPS)
     assert scorer.failures == {"mine": 20}
     assert not any(rollout.failed for group in groups for rollout in group.rollouts)
+
+
+def test_the_failures_of_other_processes_are_kept_in_a_state() -> None:
+    def scorer() -> Scorer:
+        return Scorer({"mine": lambda **_: 1 / 0}, weights={"mine": 0.0})
+
+    one, other = scorer(), scorer()
+    one.score(GROUPS)
+    for _ in range(2):
+        other.score(GROUPS)
+    state = one.state(other.counted())
+    again = scorer()
+    again.load_state(json.loads(json.dumps(state)))
+    assert again.failures == {"mine": 12}
+    assert state["records"]["mine"]["kinds"] == {"error": 12}
+    assert one.failures == {"mine": 4}
 
 
 def test_numbers_of_all_kinds() -> None:

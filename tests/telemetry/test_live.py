@@ -19,9 +19,11 @@ from telemetry.pages import data_in
 
 from grpo.errors import UserError
 from grpo.progress import RowCounts
-from grpo.telemetry.jsonl import JsonlLogger
-from grpo.telemetry.live import HOST, LiveRuns, server_of
+from grpo.runs.records import replace_text
+from grpo.telemetry.jsonl import GrowingLog, JsonlLogger
+from grpo.telemetry.live import HOST, LiveRuns, is_own_name, server_of
 from grpo.telemetry.progress import NowFile
+from grpo.telemetry.recorded import named_or_newest
 from grpo.types import StepMetrics
 
 FOLDER = Path("runs/toy")
@@ -59,6 +61,55 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def test_a_log_is_read_from_where_it_was_left(tmp_path, monkeypatch) -> None:
+    """Only what was appended is parsed; a file that was rewritten is read anew, even if it is longer."""
+    parsed: list[int] = []
+
+    def counted(line: dict) -> int:
+        parsed.append(line["step"])
+        return line["step"]
+
+    path = tmp_path / "metrics.jsonl"
+    log = GrowingLog(path, counted)
+    assert log.read() == []
+    lines = ["".join(json.dumps({"step": n, "reward": n / 7}) + "\n" for n in range(a, b)) for a, b in ((1, 4), (4, 6))]
+    path.write_text(lines[0])
+    assert (log.read(), parsed) == ([1, 2, 3], [1, 2, 3])
+    with path.open("a") as file:
+        file.write(lines[1] + '{"step": 6')
+    assert (log.read(), parsed) == ([1, 2, 3, 4, 5], [1, 2, 3, 4, 5])
+    with path.open("a") as file:
+        file.write("}\n")
+    assert log.read()[-1] == 6
+    replace_text(path, lines[0])  # as a resumed run does
+    assert log.read() == [1, 2, 3]
+    path.write_text("".join(f'{{"step": {n}}}\n' for n in range(11, 40)))  # in place, and longer
+    assert log.read() == list(range(11, 40))
+    with path.open("a") as file:
+        file.write("[]\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl:30: not a record"):
+        log.read()
+    path.unlink()
+    assert log.read() == []
+
+
+def test_a_browser_leaves_port_80_out_of_the_name() -> None:
+    assert is_own_name("127.0.0.1", 80)
+    assert is_own_name("localhost:80", 80)
+    assert not is_own_name("127.0.0.1", 8650)
+    assert not is_own_name("evil.example", 80)
+
+
+def test_without_a_name_the_newest_run_is_taken(recipe, run_cli) -> None:
+    assert "no run was named, and the folder runs does not exist here" in run_cli("report").err
+    run(recipe, "output_dir=runs/older")
+    run(recipe, "output_dir=runs/newer")
+    os.utime("runs/older/metrics.jsonl", (1, 1))
+    os.utime("runs/older/recipe.yaml", (1, 1))
+    assert run_cli("report").out.strip() == "runs/newer/report.html"
+    assert named_or_newest([Path("x")]) == [Path("x")]
 
 
 def test_the_page_and_its_data_follow_a_run(recipe) -> None:

@@ -58,6 +58,12 @@ TALK = json.dumps(
 )
 
 CASES: list[tuple[str, Any]] = [
+    (
+        'alarmsInOrder([[1, "truncation"], [1, "equal_rewards"], [5, "kl"], [4, "failed"]]).map(one => one[1])',
+        ["failed", "kl", "truncation", "equal_rewards"],
+    ),
+    (wanted(asked="ask"), ["none", "half", "whole"]),
+    (wanted(asked="whole"), []),
     ("smooth([1, 3, null, 2], 0.5)", [1, 7 / 3, None, 15 / 7]),  # 0.5/0.5; 1.75/0.75; 1.875/0.875
     ("smooth([4, 4, 4], 0.9)", [4, 4, 4]),
     ("smooth([1, 2, 3], 0)", [1, 2, 3]),

@@ -9,12 +9,14 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from telemetry.pages import data_in, plots_in, rows_in
 
 from grpo.recipes import load_recipe
 from grpo.telemetry.page.data import page_data
+from grpo.telemetry.page.layout import layout
 from grpo.telemetry.recorded import RecordedRun, read_run
 from grpo.telemetry.report import ASSETS, PLOTTING, page, report
 from grpo.types import EvalMetrics, StepMetrics
@@ -36,6 +38,19 @@ def two(recipe, run_cli) -> list[Path]:
         ran = run_cli("train", recipe, f"output_dir={name}", *SETTINGS)
         assert ran.code == 0, ran.err
     return [Path("one"), Path("two")]
+
+
+def test_equal_groups_of_turns_may_teach() -> None:
+    steps = [StepMetrics(1, {"frac_reward_zero_std": 1.0})]
+    for turns, ending in (
+        ("completion", "the policy learns nothing from them"),
+        ("turn", "their turns may differ, and teach"),
+    ):
+        run = SimpleNamespace(
+            folder=Path(), steps=steps, evaluations=[], recipe=SimpleNamespace(advantage=SimpleNamespace(turns=turns))
+        )
+        (plot,) = layout([run])
+        assert plot["about"].endswith(ending)
 
 
 def test_a_page_with_everything(two, run_cli) -> None:
@@ -153,18 +168,6 @@ def test_a_run_with_nothing_on_record(recipe, run_cli) -> None:
     assert "completions" not in page_data([read_run(Path("runs/toy"))], completions=False)["runs"][0]
     assert run_cli("report", ".").code == 2
     assert "cannot write absent/x.html" in run_cli("report", "runs/toy", "--to", "absent/x.html").err
-
-
-def test_without_a_run_the_newest_is_named(recipe, run_cli) -> None:
-    asked = {command: f"grpo: name a run: grpo {command} " for command in ("report", "watch")}
-    for command, start in asked.items():
-        ran = run_cli(command)
-        assert (ran.code, ran.err) == (2, f"{start}RUN. There are no runs in runs/\n")
-    newest = {"toy": "runs/toy (the newest in runs/)", "new": "runs/new (the newest in runs/; grpo runs lists all 2)"}
-    for name, ending in newest.items():
-        assert run_cli("train", recipe, "log.completions=null", "optim.steps=1", f"output_dir=runs/{name}").code == 0
-        for command, start in asked.items():
-            assert run_cli(command).err == f"{start}{ending}\n"
 
 
 def test_runs_of_one_name_are_told_apart(recipe: Path, tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
 import yaml
 
-from grpo.config import ModelConfig
+from grpo.config import EnvironmentConfig, ModelConfig, RewardConfig
 from grpo.errors import UserError
 from grpo.model.adapters import load_adapter
 from grpo.model.load import load
@@ -162,6 +163,24 @@ def test_the_card_says_what_it_is(trained) -> None:
     for said in ("GRPO", "`digits.py:reward` × 1", "pass@2", "on `train.jsonl`", "mlx-lm 0.", "rank: 4", "## Recipe"):
         assert said in text
     assert str(Path.cwd()) not in text  # where things lie on a machine is nobody else's business
+
+
+def test_the_example_says_what_to_put_in(trained) -> None:
+    text = (export(trained, "mlx").folder / "README.md").read_text()
+    assert "--prompt QUESTION\n" in text
+    assert "Replace `QUESTION` with your own text." in text
+    assert "{question}" not in text.split("## Recipe")[0]
+
+
+def test_an_environment_that_gave_a_reward_is_named(tmp_path) -> None:
+    environment = EnvironmentConfig(use="builtin:guess", weight=0.5)
+    cfg = SimpleNamespace(rewards=(), conversations={"guess": environment})
+    assert card._rewards(cfg, tmp_path) == [("builtin:guess", 0.5)]
+    cfg.rewards = (RewardConfig(use="r"),)
+    assert card._rewards(cfg, tmp_path) == [("r", 1.0)]
+    for metric, names in (("rewards/guess/mean", ["r", "builtin:guess"]), ("rewards/r/mean", ["r"])):
+        (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, metric: 0.5}) + "\n")
+        assert [name for name, _ in card._rewards(cfg, tmp_path)] == names
 
 
 def test_a_card_names_the_folder_of_a_builtin_model(trained, monkeypatch) -> None:

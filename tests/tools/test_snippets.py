@@ -40,7 +40,7 @@ def test_shell_for_mlx_lm(toy_folder) -> None:
     assert name == "mlx_lm.generate"
     asked = setup_arg_parser().parse_args(flags)
     assert (asked.model, asked.adapter_path, asked.max_tokens) == ("some/base", "FOLDER", 33)
-    assert (asked.prompt, asked.system_prompt) == ("{question} Think first.", "It's short.")
+    assert (asked.prompt, asked.system_prompt) == ("QUESTION Think first.", "It's short.")
     assert asked.chat_template_config == '{"enable_thinking": false}'
     assert not asked.ignore_chat_template
     bare = snippet(recipe(toy_folder, chat_template="never", prompt="question"), "fused", "some/base", "me/mine")
@@ -57,7 +57,7 @@ def test_python_for_peft(toy_folder, template: str) -> None:
     assert "from_pretrained(base), 'me/mine')" in text
     assert "base = 'some/base'" in text
     assert ("apply_chat_template" in text) == (template == "auto")
-    assert "{question} Think first." in text
+    assert "QUESTION Think first." in text
     assert "max_new_tokens=33" in text
     assert text.splitlines()[-1].startswith("print(tokenizer.decode(answer")
 

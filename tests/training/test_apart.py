@@ -71,6 +71,20 @@ def test_each_step_learns_from_the_policy_before_the_last_update(recipe: Path, m
     assert all(0 <= step[f"ranks/{side}"] <= 1 for step in steps for side in ("sampling", "training"))
 
 
+def test_completions_on_which_a_reward_breaks_are_stored_under_their_own_step(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The samplers are one step ahead: the completions are of step 2, and the step that is not finished is step 1."""
+    Path("digits.py").write_text(
+        "def reward(completions, trainer_state, **_):\n    if trainer_state.global_step == 1:\n"
+        "        raise ValueError('no')\n    return [len(c) / 9 for c in completions]\n"
+    )
+    with pytest.raises(RunError, match="ValueError: no"):
+        emulated(monkeypatch, recipe, *MORE, "rewards.0.max_failure_rate=0")
+    assert read_completions(Path("runs/toy/failed_step.parquet"))[0] == 2
+    assert not Path("runs/toy/metrics.jsonl").exists()
+
+
 def test_tasks_come_in_the_order_of_a_run_without_lag(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what the first two steps sample is the first policy's, whose tokens that run has in the first alone."""
     curriculum = "data.curriculum={}"

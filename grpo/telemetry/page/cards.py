@@ -22,13 +22,13 @@ def cards(run: RecordedRun) -> dict[str, Any]:
     evaluations   [{"name", "n", "before", "after"}, …], where before and after are {"step", "value", "low", "high"}
                   with 95 % intervals; before is null if there was only one evaluation
     reward        {"before", "after", "steps"}: means of the first and the last `steps` steps; null without rewards
-    steps         number of recorded steps
-    seconds       duration of all recorded steps, without evaluations and loading
-    peak_memory   in GB; null if it was not recorded
-    tokens        number of sampled tokens
-    silent        number of steps without a signal
-    replayed      number of older groups that steps replayed
-    failures      number of completions on which a reward or an environment failed, since the start
+    steps         on record
+    seconds       of all steps on record, evaluations and loading left out
+    peak_memory   in GiB; null where it is not on record
+    tokens        sampled in all
+    silent        steps without a signal
+    replayed      older groups that steps learned from again
+    failures      completions that a reward or an environment failed on, since the start
     """
     peaks, silent = values_of(run, "peak_memory_gb"), values_of(run, "steps_without_signal")
     return {

@@ -27,6 +27,7 @@ class Browser {
       this.list();
     };
     this.search = el("input", { type: "search", placeholder: "words in a prompt or a completion", oninput: again });
+    this.asked = el("input", { type: "search", placeholder: "words in a prompt", oninput: again });
     this.run = choice("Run", "all", again);
     this.step = choice("Step", "all", again);
     this.source = choice("Source", "all", again);
@@ -42,7 +43,7 @@ class Browser {
     } });
     this.detail = el("div", { class: "detail", tabindex: "-1" });
     this.none = el("p", { class: "faint", hidden: "" }, "No completions are stored: the recipe has log.completions: null, or no step has finished.");
-    const filters = el("div", { class: "filters" }, el("label", { class: "search" }, "Search ", this.search), this.run.node, this.step.node, this.source.node, this.outcome.node, el("label", {}, "Sort by ", this.sort, this.down), this.only);
+    const filters = el("div", { class: "filters" }, el("label", { class: "search" }, "Search ", this.search), el("label", { class: "search" }, "Prompt ", this.asked), this.run.node, this.step.node, this.source.node, this.outcome.node, el("label", {}, "Sort by ", this.sort, this.down), this.only);
     this.body = el("div", {}, filters, this.about, el("div", { class: "browser" }, el("div", { class: "side" }, this.items, this.more), this.detail));
     root.replaceChildren(el("h2", {}, "Completion browser"), this.none, this.body);
   }
@@ -68,7 +69,7 @@ class Browser {
   }
 
   list() {
-    const wishes = { run: this.run.select.value, step: this.step.select.value, source: this.source.select.value, outcome: this.outcome.select.value, task: this.task, search: this.search.value.trim() };
+    const wishes = { run: this.run.select.value, step: this.step.select.value, source: this.source.select.value, outcome: this.outcome.select.value, task: this.task, asked: this.asked.value.trim(), search: this.search.value.trim() };
     this.found = sortEntries(this.entries.filter(entry => isWanted(entry, wishes)), this.sort.value, this.down.value === "down");
     const page = this.found.slice(0, this.shown);
     this.items.replaceChildren(...page.map(entry => el("li", {}, this.item(entry))));

@@ -12,11 +12,13 @@ from grpo.telemetry.page.browsed import browsed
 from grpo.telemetry.page.cards import cards, failures, phases
 from grpo.telemetry.page.layout import layout
 from grpo.telemetry.page.settings import settings
-from grpo.telemetry.page.text import PageJson, number
+from grpo.telemetry.page.text import PageJson, number, shortened
 from grpo.telemetry.recorded import RecordedRun
 
 FORMAT = 1
 """The version of the contract in `page_data`. A page and its data are always made by the same version of grpo."""
+LONGEST_ERROR = 2_000
+"""Characters of the error that ended a run; long ones keep their beginning and end."""
 MOST_POINTS = 200_000
 """Maximum number of metric values in a page, over all runs: less than 2 MB."""
 
@@ -42,8 +44,9 @@ def page_data(runs: Sequence[RecordedRun], completions: bool = True) -> PageJson
             metrics       {name: [value or null, …]}, along x
             phases        [[name, total seconds], …], longest first
             evaluations   {"x": steps, "n": prompts, "grader": name, "values": {name: {"value": […], "low": […], "high":
-                          […]}}} with 95 % intervals; null without evaluations
-            alarms        [[step, kind, what happened, what to do], …], see `grpo.alarm`
+                          […]}}} with 95 % intervals; null where there was none
+            alarms        [[step, kind, what happened, what to do], …], see `grpo.alarm`; last, with the kind "failed",
+                          the error that ended the run
             failures      {"headings": […], "rows": [[…], …]}
             completions   a selection, see `browsed`; null if none are stored. With `completions=False` it is absent,
                           and the page keeps its old completions: reading them takes longer than everything else.
@@ -82,9 +85,16 @@ def _of_run(run: RecordedRun, name: str, every: int) -> PageJson:
         },
         "phases": _plain(phases(run)),
         "evaluations": _evaluations(run),
-        "alarms": [[alarm.step, alarm.kind, alarm.what, alarm.advice] for alarm in run.alarms],
+        "alarms": [*([alarm.step, alarm.kind, alarm.what, alarm.advice] for alarm in run.alarms), *_ended_by(run)],
         "failures": failures(run),
     }
+
+
+def _ended_by(run: RecordedRun) -> list[list[Any]]:
+    """The error that ended a failed run, as a row of the alarms."""
+    again = "with --resume" if run.step else "again"
+    advice = f"Fix the cause, then run the same command {again}."
+    return [[run.step, "failed", shortened(run.error, LONGEST_ERROR), advice]] if run.error else []
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -16,6 +16,8 @@ OUTCOMES = ["solved_none", "mixed", "solved_all"]
 
 REWARD, POLICY, COMPLETIONS, COST = "Reward", "Policy", "Completions", "Time and memory"
 
+EQUAL = "fraction of groups whose rewards are all equal: the policy learns nothing from them"
+EQUAL_OF_TURNS = "fraction of groups whose completions' rewards are all equal; their turns may differ, and teach"
 CURVES = (
     (REWARD, "Reward", ("reward",), "mean over the step's completions of the weighted sum of their rewards"),
     (
@@ -28,7 +30,7 @@ CURVES = (
         REWARD,
         "Groups with equal rewards",
         ("frac_reward_zero_std",),
-        "fraction of groups whose rewards are all equal: the policy learns nothing from them",
+        EQUAL,
     ),
     (POLICY, "Entropy", ("entropy",), "of the policy at the sampling temperature, in nats, mean over tokens"),
     (POLICY, "KL to the reference", ("kl",), "estimate, mean over tokens, in nats"),
@@ -68,7 +70,7 @@ CURVES = (
         ("tools/call_frequency", "tools/failure_frequency"),
         "calls per completion, and the fraction of calls that failed",
     ),
-    (COST, "Peak memory", ("peak_memory_gb",), "in GB, since the run started"),
+    (COST, "Peak memory", ("peak_memory_gb",), "in GiB (2³⁰ bytes), since the run started"),
     (COST, "Sampling speed", ("rollout_tokens_per_second",), "tokens per second while completions are sampled"),
     (COST, "Time of a step", ("step_time",), "seconds"),
 )
@@ -92,8 +94,15 @@ def layout(runs: Sequence[RecordedRun]) -> list[Plot]:
     Metrics without a plot here get small plots at the end of the page.
     """
     known = {name for run in runs for record in run.steps for name in record.values}
+    equal = EQUAL_OF_TURNS if any(run.recipe.advantage.turns == "turn" for run in runs) else EQUAL
     curves = [
-        _plot(section, title, about, "lines", {name: _short(name, names) for name in names if name in known})
+        _plot(
+            section,
+            title,
+            equal if about == EQUAL else about,
+            "lines",
+            {name: _short(name, names) for name in names if name in known},
+        )
         for section, title, names, about in CURVES
     ]
     plots = [*_evaluations(runs), *curves, *_families(known), *_stacks(runs, known)]

@@ -104,8 +104,8 @@ function outcomes(row) {
 }
 
 /**
- * Whether an entry {run, row, task, prompt, text} matches the filter {run, step, source, outcome, task, search}. An
- * empty field of the filter matches everything.
+ * Whether an entry {run, row, task, prompt, text} is wanted. A wish that is empty is no wish:
+ * {run, step, source, outcome, task, asked, search}; `asked` are words of the prompt.
  */
 function isWanted(entry, wishes) {
   if (wishes.run && entry.run !== wishes.run) return false;
@@ -113,9 +113,16 @@ function isWanted(entry, wishes) {
   if (wishes.source && entry.task.source !== wishes.source) return false;
   if (wishes.task && entry.key !== wishes.task) return false;
   if (wishes.outcome && !outcomes(entry.row).includes(wishes.outcome)) return false;
+  if (wishes.asked && !entry.prompt.toLowerCase().includes(wishes.asked.toLowerCase())) return false;
   if (!wishes.search) return true;
   const words = wishes.search.toLowerCase();
   return entry.text.toLowerCase().includes(words) || entry.prompt.toLowerCase().includes(words);
+}
+
+/** Alarms [[step, kind, …], …] as they are shown: what ended the run, then the newest step; those of a step keep their order. */
+function alarmsInOrder(alarms) {
+  const ended = ([, kind]) => Number(kind === "failed");
+  return [...alarms].sort((one, other) => ended(other) - ended(one) || other[0] - one[0]);
 }
 
 const SORT_KEYS = {
@@ -249,6 +256,6 @@ function updated(old, fresh) {
 if (typeof module !== "undefined") {
   module.exports = {
     formatNumber, formatMeasure, formatInterval, formatSigned, formatSeconds, smooth, positive, stacked, clockOf, valueBefore, spoken, outcomes,
-    isWanted, sortEntries, countsOf, tokensOf, difference, updated,
+    isWanted, alarmsInOrder, sortEntries, countsOf, tokensOf, difference, updated,
   };
 }

@@ -87,7 +87,7 @@ function connectToolbar() {
   at("reset").addEventListener("click", () => zoomTo(null));
   at("theme").addEventListener("change", event => setTheme(event.target.value));
   at("print").addEventListener("click", () => window.print());
-  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawPlots);
+  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => setTheme(at("theme").value));
   let closed = [], theme = "auto";
   window.addEventListener("beforeprint", () => { // for print: light colors, and every section expanded except the other metrics
     theme = at("theme").value;
@@ -102,8 +102,8 @@ function connectToolbar() {
 }
 
 function setTheme(name) {
-  if (name === "auto") delete document.documentElement.dataset.theme;
-  else document.documentElement.dataset.theme = name;
+  const dark = window.matchMedia("(prefers-color-scheme: dark)").matches;
+  document.documentElement.dataset.theme = name === "auto" ? (dark ? "dark" : "light") : name;
   drawPlots();
 }
 
@@ -118,10 +118,10 @@ function drawSummary() {
   }));
 }
 
-/** The newest alarms first; the table has all of them. */
+/** What went wrong: the error that ended the run, then the newest step first, in a step causes before effects. All of it is in the table. */
 function alarmsOf(run) {
   if (!run.alarms.length) return null;
-  const told = run.alarms.slice(-3).reverse().map(([step, kind, what]) => el("li", {}, el("b", {}, `${kind} at step ${step.toLocaleString("en-US")}`), `: ${what}`));
+  const told = alarmsInOrder(run.alarms).slice(0, 3).map(([step, kind, what]) => el("li", {}, el("b", {}, `${kind} ${kind === "failed" ? "after" : "at"} step ${step.toLocaleString("en-US")}`), `: ${what}`));
   const more = run.alarms.length - told.length;
   const all = el("li", {}, el("a", { href: "#section-what-went-wrong" }, more ? `${more} more, and what to do` : "what to do"));
   return el("ul", { class: "alarms", "aria-label": "Alarms" }, ...told, all);
@@ -156,12 +156,12 @@ function timeCard(run) {
   const steps = run.metrics.step_time ? run.cards.steps : 0;
   if (!steps) return null;
   const { seconds, tokens } = run.cards;
-  return card("Time", formatSeconds(seconds), `${formatSeconds(seconds / steps)} per step`, tokens ? `${formatNumber(tokens)} tokens sampled` : null);
+  return card("Time in steps", formatSeconds(seconds), `${formatSeconds(seconds / steps)} per step; without loading and evaluations`, tokens ? `${formatNumber(tokens)} tokens sampled` : null);
 }
 
 function memoryCard(run) {
   const peak = run.cards.peak_memory;
-  return peak === null ? null : card("Peak memory", `${formatNumber(peak)} GB`, "highest since the run started");
+  return peak === null ? null : card("Peak memory", `${formatNumber(peak)} GiB`, "highest since the run started");
 }
 
 /** The phases as one bar, and as text with their shares. */
@@ -272,6 +272,7 @@ async function follow(address, seconds) {
 
 const browser = new Browser(at("completions"));
 connectToolbar();
+setTheme(at("theme").value);
 drawSummary();
 drawTables();
 buildPlots(at("plots"));

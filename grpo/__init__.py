@@ -1,6 +1,6 @@
 """GRPO fine-tuning on one machine with MLX.
 
-The names below are the door for Python users; each is imported when it is first used, because MLX takes a second.
+The names below are the Python API. Each name is imported on first use, because importing MLX takes a second.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from grpo.types import Group as Group
     from grpo.types import StepMetrics as StepMetrics
 
-# Whatever part of the package is imported first, this runs before it, and so before `mlx.core`.
+# This runs before any module of the package, and so before `mlx.core` is imported.
 blas.preload()
 device.preset()
 
@@ -48,16 +48,16 @@ _DOOR = {
     "grpo.step": ("Step",),
     "grpo.types": ("Batch", "EvalMetrics", "Group", "StepMetrics"),
 }
-"""Where each public name comes from."""
+"""The public names of each module."""
 _PLACES = {name: module for module, names in _DOOR.items() for name in names}
 
 __all__ = sorted(_PLACES)
 
 
-if not TYPE_CHECKING:  # or every name would be there for a type checker
+if not TYPE_CHECKING:  # otherwise a type checker would accept every name
 
     def __getattr__(name: str) -> object:
-        """A public name, imported now."""
+        """Import a public name on first use."""
         if name not in _PLACES:
             raise AttributeError(f"module 'grpo' has no attribute {name!r}")
         from importlib import import_module

@@ -1,4 +1,4 @@
-"""What is said of a run that goes wrong; it travels with the record of the step or evaluation that shows it."""
+"""The type of an alarm, which is part of the record of the step or evaluation that raised it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """A sign that a run goes wrong, told once.
+    """A problem of a run, reported once per run.
 
-    kind     what went wrong, in a word: `entropy`, `truncation`; `grpo.alarms` has all of them
-    step     the step at which it was seen
+    kind     the kind of problem, such as `entropy` or `truncation`; `grpo.alarms` defines all kinds
+    step     the step that raised the alarm
     what     what happened, with numbers
     advice   what to look at, and which setting to change
     """
@@ -24,5 +24,5 @@ class Alarm:
         return f"step {self.step}: {self.what}. {self.advice}"
 
     def plain(self) -> dict[str, str | int]:
-        """What `Alarm(**...)` takes, as JSON holds it."""
+        """The arguments of `Alarm(**...)` as JSON values."""
         return asdict(self)

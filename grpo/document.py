@@ -1,7 +1,7 @@
-"""YAML into plain data that knows where each of its keys was written.
+"""Reads YAML into plain data, with the file and line of each key.
 
-The text may come from anywhere, so what it can cost is bounded: its size, how deep it nests, and how much its aliases
-expand to. It holds mappings, lists, text, numbers, true, false and null, and nothing else.
+The text may come from anywhere, so its cost is bounded: its size, its nesting depth, and the expansion of its aliases.
+It may contain mappings, lists, texts, numbers, true, false and null, and nothing else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ Keys = tuple[str | int, ...]
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 32
 MAX_NODES = 20_000
-"""Keys and values, as often as aliases and merges repeat them; a text counts once more for each 100 characters."""
+"""Maximum number of keys and values. Repetitions by aliases and merges count, and each 100 characters of a text count
+as one more."""
 
 TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
 MERGE = "tag:yaml.org,2002:merge"
@@ -30,31 +31,31 @@ FLOAT = "tag:yaml.org,2002:float"
 
 
 class NotPlainError(yaml.MarkedYAMLError):
-    """YAML, but of a kind that is not read: too deep, too much, or something that is no plain data."""
+    """YAML that grpo refuses: nested too deep, too large, or not plain data."""
 
 
 @dataclass
 class Document:
-    """Plain data, and where each path of keys was written. The place of `()` is the file's own."""
+    """Plain data, and the place (`file:line`) of each path of keys. The place of `()` is the file."""
 
     data: dict[str, Any]
     where: dict[Keys, str]
 
     def locate(self, path: Keys) -> str:
-        """The place of a path, or of the nearest one above it that was written."""
+        """The place of a path, or of the nearest path above it that is in the file."""
         while path not in self.where:
             path = path[:-1]
         return self.where[path]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, with `1e-5` a number, as in YAML 1.2 and as everyone means it, and dates as text."""
+    """YAML 1.1 as PyYAML reads it, except that `1e-5` is a number, as in YAML 1.2, and that dates are texts."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = 0
         self._sizes: dict[int, int] = {}
-        """Nodes in each finished node, itself included, by its id (the tree keeps all nodes alive)."""
+        """Number of nodes in each finished node, itself included, by its id (the tree keeps all nodes alive)."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
@@ -66,7 +67,7 @@ class _Loader(yaml.SafeLoader):
         assert node is not None
         self._depth -= 1
         if is_alias and id(node) not in self._sizes:
-            raise NotPlainError(problem="this alias stands inside of what it stands for", problem_mark=mark)
+            raise NotPlainError(problem="this alias is inside the value that it repeats", problem_mark=mark)
         size = self._sizes[id(node)] = self._sizes.get(id(node)) or self._size(node)
         if size > MAX_NODES:
             problem = f"more than {MAX_NODES:,} keys and values, counting what aliases repeat"
@@ -80,19 +81,20 @@ class _Loader(yaml.SafeLoader):
         return 1 + sum(self._sizes[id(inner)] for pair in pairs for inner in pair)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """The node's value; what does not fit an explicit tag, such as `!!bool maybe`, is an error like any other."""
+        """The node's value. Raises NotPlainError for a value that does not fit its explicit tag: `!!bool maybe`."""
         try:
             value = super().construct_object(node, deep)
         except (ValueError, KeyError, IndexError, OverflowError):
             name = node.tag.rpartition(":")[2]
-            problem = f"{node.value[:40]!r} is no {name}" if isinstance(node.value, str) else f"this is no {name}"
+            shown = f"{node.value[:40]!r}" if isinstance(node.value, str) else "this value"
+            problem = f"{shown} is not of type {name}"
             raise NotPlainError(problem=problem, problem_mark=node.start_mark) from None
         if isinstance(value, str) and (why := _unwritable(value)):
-            raise NotPlainError(problem=f"a text holds {why}", problem_mark=node.start_mark)
+            raise NotPlainError(problem=f"a text contains {why}", problem_mark=node.start_mark)
         return value
 
     def construct_unknown(self, node: yaml.Node) -> Any:
-        problem = f"{node.tag.replace('tag:yaml.org,2002:', '!!')} is nothing that a recipe can hold"
+        problem = f"a recipe cannot contain {node.tag.replace('tag:yaml.org,2002:', '!!')}"
         raise NotPlainError(problem=problem, problem_mark=node.start_mark)
 
 
@@ -110,9 +112,9 @@ _Loader.add_constructor(None, _Loader.construct_unknown)
 
 
 class Dumper(yaml.CSafeDumper if yaml.__with_libyaml__ else yaml.SafeDumper):  # type: ignore[misc]
-    """Writes what is read here: a text that looks like one of its numbers is quoted.
+    """Writes YAML that `_Loader` reads back: a text that looks like a number to `_Loader` is quoted.
 
-    With libyaml it is four times as fast: a run writes its recipe twice.
+    libyaml makes it four times faster, and a run writes its recipe twice.
     """
 
 
@@ -120,7 +122,7 @@ Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 class _Plain(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):  # type: ignore[misc]
-    """Reads what `Dumper` wrote, without bounds and places. With libyaml it is ten times as fast as `_Loader`."""
+    """Reads the output of `Dumper`, without bounds and places. With libyaml it is ten times faster than `_Loader`."""
 
 
 _Plain.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
@@ -134,8 +136,8 @@ def read_written(text: str) -> Any:
 def read_document(path: Path) -> Document:
     """The file's data with the place (`file:line`) of each key.
 
-    Raises UserError, with file and line, for what cannot be read, is not YAML, holds a key twice, is no mapping, or
-    goes beyond the bounds above.
+    Raises UserError, with file and line, for a file that cannot be read, is not YAML, contains a key twice, is not a
+    mapping, or exceeds the bounds above.
     """
     text = _text_of(path)
     where: dict[Keys, str] = {(): str(path)}
@@ -155,9 +157,9 @@ def read_document(path: Path) -> Document:
 
 
 def value_of(text: str) -> Any:
-    """A value of the command line as YAML, or as the text that it is: `####` is no comment there.
+    """A value from the command line, read as YAML, or as a plain text if it is not YAML. `####` is not a comment.
 
-    Raises ValueError, which says why, for YAML that is not read here.
+    Raises ValueError, with the reason, for YAML that a recipe cannot contain.
     """
     check_text(text)
     if text.lstrip().startswith("#"):
@@ -171,9 +173,9 @@ def value_of(text: str) -> Any:
 
 
 def check_text(text: str) -> None:
-    """Raise ValueError, which says why, for a text that no recipe can hold."""
+    """Raise ValueError, with the reason, for a text that a recipe cannot contain."""
     if (why := _unwritable(text)) is not None:
-        raise ValueError(f"a text holds {why}")
+        raise ValueError(f"a text contains {why}")
     if len(text) > MAX_BYTES:
         raise ValueError(f"more than {MAX_BYTES:,} characters")
 
@@ -200,13 +202,13 @@ def _line(error: yaml.YAMLError, text: str) -> int:
 
 def _problem(error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.reader.ReaderError):
-        return f"not YAML: it holds the character U+{error.character:04X}"
+        return f"not YAML: it contains the character U+{error.character:04X}"
     problem = getattr(error, "problem", None) or one_line(error)
     return problem if isinstance(error, NotPlainError) else f"not YAML: {problem}"
 
 
 def _unwritable(text: str) -> str | None:
-    """What in a text no file can hold or be named by, in words."""
+    """A description of the part of a text that cannot be stored as UTF-8 or be in a file name; None without one."""
     if "\0" in text:
         return "a NUL character"
     try:
@@ -217,18 +219,18 @@ def _unwritable(text: str) -> str | None:
 
 
 def _note_places(node: yaml.Node, at: Keys, place: Callable[[yaml.Node], str], where: dict[Keys, str]) -> None:
-    """Note where each key and item below a node stands. Raises UserError for a key that is no text or given twice."""
+    """Record the place of each key and item below a node. Raises UserError for a key that is not text, or that occurs
+    twice."""
     if isinstance(node, yaml.MappingNode):
         merged = [value for key, value in node.value if key.tag == MERGE]
-        own = [(key, value) for key, value in node.value if key.tag != MERGE]
-        for key, value in own:
+        for key, value in ((key, value) for key, value in node.value if key.tag != MERGE):
             if key.tag != "tag:yaml.org,2002:str" or not isinstance(key, yaml.ScalarNode):
                 what = repr(key.value[:40]) if isinstance(key.value, str) else "a list or mapping"
                 raise UserError(f"{place(key)}: the key {what} is not text")
             child = (*at, key.value)
             if child in where:
                 dotted = ".".join(map(str, child))
-                raise UserError(f"{place(key)}: {dotted} is given twice (first at {where[child]})")
+                raise UserError(f"{place(key)}: {dotted} occurs twice (first at {where[child]}): remove one of them")
             where[child] = place(key)
             _note_places(value, child, place, where)
         for value in merged:

@@ -1,6 +1,6 @@
-"""What is said about a recipe that the schema refuses: file, line, key, what was given, what was expected.
+"""Explains why the schema refuses a recipe: file, line, key, the given value, the expected value.
 
-The errors of pydantic name a path of keys; here they become lines for people.
+Pydantic's errors name a path of keys; this module turns them into readable lines.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from grpo.errors import closest
 from grpo.trl import Translation, answer
 
 MOST_SAID = 20
-"""Mistakes that are explained at once; of more there is a count."""
+"""Maximum number of mistakes that are explained together; further mistakes are only counted."""
 LONGEST_SHOWN = 200
-"""Characters of a value or a key that a message repeats."""
+"""Maximum number of characters of a value or a key in a message."""
 
 
 def explanations(error: ValidationError, data: Any, locate: Callable[[Keys], str], within: Keys = ()) -> list[str]:
-    """A line for each mistake in `data`; `locate` says where a path of keys was written.
+    """One line per mistake in `data`; `locate` gives the place of a path of keys.
 
-    `data` is a recipe, or its section at `within`. That a key is missing is not said where it was misspelt.
+    `data` is a recipe, or its section at `within`. A missing key is not reported if it was misspelled.
     """
     errors = error.errors()
     for key in reversed(within):
@@ -51,7 +51,7 @@ def explanations(error: ValidationError, data: Any, locate: Callable[[Keys], str
 
 
 def _one_per_place(errors: Iterable[ErrorDetails], data: Any) -> dict[Keys, ErrorDetails]:
-    """The innermost errors, one for each place: a union reports once for each of its members, a list again."""
+    """The innermost errors, one per path of keys: a union reports one error per member, and a list one more."""
     by_place: dict[Keys, list[ErrorDetails]] = {}
     for detail in errors:
         by_place.setdefault(_keys(detail, data), []).append(detail)
@@ -60,7 +60,7 @@ def _one_per_place(errors: Iterable[ErrorDetails], data: Any) -> dict[Keys, Erro
 
 
 def _merged(details: Sequence[ErrorDetails]) -> ErrorDetails:
-    """One error for what every member of a union refuses: all that was expected, or that a list is empty."""
+    """One error for a value that every member of a union refuses: all expected types, or that a list is too short."""
     short = next((detail for detail in details if detail["type"] == "too_short"), None)
     wanted = list(dict.fromkeys(_wanted(detail["msg"].removeprefix("Input should be ")) for detail in details))
     if short is not None or len(wanted) == 1:
@@ -69,14 +69,14 @@ def _merged(details: Sequence[ErrorDetails]) -> ErrorDetails:
 
 
 def _wanted(expected: str) -> str:
-    """What one member of a union takes, in words that stand beside those of the others."""
+    """The type that one member of a union expects, in words that fit into a list of types."""
     if expected == "a valid boolean":
         return "true, false"
     return f"a number {expected}" if expected.startswith(("greater ", "less ")) else expected
 
 
 def _keys(detail: ErrorDetails, data: Any) -> Keys:
-    """The path of keys as the data has them, without the names that pydantic adds for the members of a union."""
+    """The path of keys in the data, without the names that pydantic adds for the members of a union."""
     path: Keys = ()
     for part in detail["loc"]:
         there = part in data if isinstance(data, dict) else isinstance(data, list) and part in range(len(data))
@@ -89,8 +89,8 @@ def _keys(detail: ErrorDetails, data: Any) -> Keys:
 
 
 def _subject(keys: Keys, detail: ErrorDetails, locate: Callable[[Keys], str]) -> Keys:
-    """What a mistake is about: where it was found, or the first key named in a message of the schema's own that is
-    written somewhere."""
+    """The path of keys that a mistake is about: where pydantic found it, or the first key in a message of the schema
+    that is written in the recipe."""
     if detail["type"] != "value_error":
         return keys
     named_there = [
@@ -121,23 +121,23 @@ def _explain(path: Keys, detail: ErrorDetails, place: str) -> str:
         case "model_type" | "model_attributes_type" | "dict_type":
             return f"{place}: {key}: expected keys and values, got {given}.{_example(path)}"
     expected = detail["msg"].replace("Input should be", "expected", 1).replace("a valid array", "a list")
-    place, _, _ = place.partition(f": {key}=")  # an override names key and value, and both are said here
+    place, _, _ = place.partition(f": {key}=")  # an override's place repeats the key and the value
     return f"{place}: {key}: {expected}, got {given}.{_remedy(path, detail, expected)}"
 
 
 def _words(line: str) -> list[str]:
-    """The words of a command that was written as a line, as a shell reads it."""
+    """The words of a command line, split like in a shell."""
     try:
         return shlex.split(line)
-    except ValueError:  # a quote without its end
+    except ValueError:  # an unclosed quote
         return line.split()
 
 
 def _remedy(path: Keys, detail: ErrorDetails, expected: str) -> str:
-    """What to write in the place of a value of the wrong kind, where that can be told."""
+    """A sentence on what to write instead of a value of the wrong type; empty if that is unknown."""
     value = detail["input"]
     if path[-1:] == ("optimizer",) and isinstance(value, str) and re.search("_?8bit", value):
-        return " Moments in 8 bits are a setting of their own, for each of these: optim.moments: int8."
+        return " For 8-bit moments, set optim.moments: int8, which works with each of these."
     if detail["type"] == "literal_error" and (close := _similar(value, re.findall(r"'([^']*)'", expected))):
         return f" Did you mean {close!r}?"
     if isinstance(value, str) and "a list" in expected:
@@ -165,7 +165,7 @@ def _is_number(text: str) -> bool:
 
 
 def _outside(path: Keys, value: int) -> str | None:
-    """What the schema says of an integer that is out of a setting's bounds, as a sentence; None for one inside."""
+    """The schema's error, as a sentence, for an integer outside a setting's bounds; None for an integer inside."""
     field = _field(path)
     form: Any = Annotated[field.annotation, field]
     try:
@@ -177,7 +177,7 @@ def _outside(path: Keys, value: int) -> str | None:
 
 
 def _similar(value: Any, known: Sequence[str]) -> str | None:
-    """The word that a text was probably meant to be."""
+    """The known word that a text probably means."""
     if not isinstance(value, str) or len(value) > LONGEST_SHOWN:
         return None
     return closest(value.lower(), known)
@@ -197,7 +197,7 @@ FORMS = {
     "data.curriculum": "{} for the defaults",
     "teacher": "{model: NAME} or {adapter: FOLDER}",
 }
-"""How a section is written, where that may not be plain from the names of its keys."""
+"""Examples of sections whose form may be unclear from the names of their keys."""
 
 
 def _example(path: Keys) -> str:
@@ -210,11 +210,11 @@ def _example(path: Keys) -> str:
 def _hint(path: Keys) -> str:
     name = str(path[-1])
     if path == ("rollout", "environment"):
-        return ' It is environment.use now: write environment: {use: "file.py:Class"}, a section beside rollout.'
+        return ' It is now environment.use: write environment: {use: "file.py:Class"}, a section next to rollout.'
     if not _named_so(name) and (found := _answer(path)):
         return f" {found[1].sentence(found[0])}"
     if _is_optimizers(path):
-        return f" Did you mean {OWN_ARGS}.{name}? An optimizer's own arguments stand in {OWN_ARGS}."
+        return f" Did you mean {OWN_ARGS}.{name}? Arguments of the optimizer belong in {OWN_ARGS}."
     if meant := _meant(path):
         section, _, key = meant.rpartition(".")
         here = section == dotted(named(path[:-1]))
@@ -224,8 +224,8 @@ def _hint(path: Keys) -> str:
 
 
 def _meant(path: Keys) -> str | None:
-    """The valid key that an unknown one was probably meant to be: one of that very name, what TRL's name is here, a
-    similar one beside it, or else a similar one anywhere."""
+    """The valid key that an unknown key probably means: a key of the same name, the translation of TRL's name, a
+    similar key in the same section, or else a similar key anywhere."""
     name = str(path[-1])
     if exact := _named_so(name):
         return exact[0]
@@ -234,7 +234,7 @@ def _meant(path: Keys) -> str | None:
     if found := _answer(path):
         keys = found[1].keys
         return keys[0] if keys else None
-    if len(name) > LONGEST_SHOWN or name in OPTIMIZER_ARGS:  # momentum is no slip for moments
+    if len(name) > LONGEST_SHOWN or name in OPTIMIZER_ARGS:  # momentum is not a typo for moments
         return None
     for candidates, similarity in ((_keys_beside(path), 0.6), (list(_all_keys(Recipe)), 0.8)):
         by_name = {key.rpartition(".")[2]: key for key in candidates}
@@ -244,21 +244,20 @@ def _meant(path: Keys) -> str | None:
 
 
 ELSEWHERE = {"lr": "optim.learning_rate", "max_new_tokens": "rollout.max_completion_length"}
-"""Names that are common in other programs, and what they are here."""
+"""Names that are common in other programs, and grpo's keys for them."""
 OWN_ARGS = "optim.optimizer_args"
 
 
 def _is_optimizers(path: Keys) -> bool:
-    """Whether an unknown key is an optimizer's argument, written into `optim` itself or into no section."""
+    """Whether an unknown key is an optimizer's argument, written directly into `optim` or at the top level."""
     return path[-1] in OPTIMIZER_ARGS and path[:-1] in ((), ("optim",))
 
 
 def _answer(path: Keys) -> tuple[str, Translation] | None:
-    """The name of TRL's or PEFT's that an unknown key is, and its answer. In `adapter`, `alpha` is PEFT's
-    `lora_alpha`."""
+    """The TRL or PEFT name of an unknown key, and its translation. In `adapter`, `alpha` is PEFT's `lora_alpha`."""
     name = str(path[-1])
     names = (name, f"lora_{name}") if path[0] == "adapter" else (name,)
-    return next(((one, found) for one in names if (found := answer(one))), None)
+    return next(((candidate, found) for candidate in names if (found := answer(candidate))), None)
 
 
 def _named_so(name: str) -> list[str]:
@@ -272,25 +271,25 @@ def _keys_beside(path: Keys) -> list[str]:
 
 
 def named(path: Keys) -> Keys:
-    """The path as the schema knows it: without positions in lists, and without the names that `environments` have."""
+    """The path in the schema: without indices of lists, and without the names of `environments`."""
     parts = tuple(part for part in path if isinstance(part, str))
     return (parts[0], *parts[2:]) if parts and parts[0] in sections_by_name() else parts
 
 
 @cache
 def sections_by_name() -> frozenset[str]:
-    """The keys of a recipe that hold sections by names of the person's own."""
+    """The keys of a recipe whose sections have names that the user chooses."""
     fields = Recipe.model_fields.items()
     return frozenset(name for name, field in fields if get_origin(field.annotation) is dict)
 
 
 def _help(path: Keys) -> str:
-    """What the schema says about a key."""
+    """The schema's description of a key."""
     return (_field(path).description or "").replace("\n", " ")
 
 
 def _field(path: Keys) -> FieldInfo:
-    """A valid key as the schema knows it."""
+    """The schema's field for a valid key."""
     *above, name = named(path)
     section: Any = Recipe
     for part in above:
@@ -307,7 +306,7 @@ def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterable[str]:
 
 
 def keys_of(section: type[BaseModel]) -> Keys:
-    """Where a recipe has this section; no keys for the recipe itself."""
+    """The key of this section in a recipe; no keys for the recipe itself."""
     found = (name for name, field in Recipe.model_fields.items() if section_of(field.annotation) is section)
     return tuple(name for name in [next(found, None)] if name is not None)
 
@@ -324,5 +323,5 @@ def dotted(path: Keys) -> str:
 
 
 def shortened(text: str) -> str:
-    """A text of the person's own as a message repeats it: not all of a very long one."""
+    """A text of the user's, truncated for a message."""
     return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."

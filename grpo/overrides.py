@@ -1,4 +1,4 @@
-"""`key.sub=value` from the command line, put into a recipe's data."""
+"""Applies `key.sub=value` overrides to a recipe's data."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from grpo.errors import UserError
 from grpo.mistakes import named, section_of, shortened
 
 COMMAND_LINE = "command line"
-"""Where an override comes from, unless something else is said."""
+"""The default origin of an override, for errors."""
 
 
 def override(document: Document, text: str, said_by: str = COMMAND_LINE) -> None:
-    """Set one value, and make the sections above it that are not there yet. Errors say where it comes from.
+    """Set one value, and create missing sections above it. Errors name the override's origin, `said_by`.
 
-    Raises UserError for what is no override, and for an item of a list that is not there.
+    Raises UserError for an invalid override, and for a missing item of a list.
     """
     name, equals, written = text.partition("=")
     place = f"{said_by}: {shortened(text)}"
     parts = name.split(".")
     if not equals or not name:
-        raise UserError(f"{place}: an override is key.sub=value")
+        raise UserError(f"{place}: not an override: write key.sub=value")
     if "" in parts:
         raise UserError(f"{place}: a part of the key {shortened(name)} is empty: write key.sub=value")
     if len(parts) > MAX_DEPTH:
@@ -49,11 +49,13 @@ def override(document: Document, text: str, said_by: str = COMMAND_LINE) -> None
 
 
 def _key(target: Any, part: str, parts: list[str], place: str) -> str | int:
-    """A part of a dotted name as a key of what it is looked up in: an index, if that is a list."""
+    """A part of a dotted name as a key of `target`: an index if `target` is a list."""
     if isinstance(target, dict):
         return part
     if not isinstance(target, list):
-        raise UserError(f"{place}: there is no {shortened('.'.join(parts))} in the recipe: no section is above it")
+        raise UserError(
+            f"{place}: there is no {shortened('.'.join(parts))} in the recipe: the key above it is not a section"
+        )
     if part.isdecimal() and len(part) < 10 and int(part) < len(target):
         return int(part)
     items = f"its items are 0 to {len(target) - 1}" if target else "the list is empty"
@@ -61,13 +63,13 @@ def _key(target: Any, part: str, parts: list[str], place: str) -> str | int:
 
 
 def _value(keys: Keys, text: str) -> Any:
-    """The value as YAML; where the schema wants a text, as written: `data.prompt={question}` needs no quotes."""
+    """The value, read as YAML; for a setting of type text, as written: `data.prompt={question}` needs no quotes."""
     if not _wants_text(keys):
         return value_of(text)
     check_text(text)
     try:
         value = value_of(text)
-    except ValueError:  # of no kind that is read as YAML, but a text
+    except ValueError:  # not valid as YAML, but valid as a text
         return text
     return value if value is None or isinstance(value, str) else text
 
@@ -78,5 +80,5 @@ def _wants_text(keys: Keys) -> bool:
         for part in named(keys)[:-1]:
             section = section_of(section.model_fields[part].annotation)
         return section.model_fields[keys[-1]].annotation in (str, str | None)
-    except (KeyError, AttributeError):  # no such key: the schema will say so
+    except (KeyError, AttributeError):  # no such key: the schema reports it later
         return False

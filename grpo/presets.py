@@ -1,12 +1,12 @@
 """Published variants of GRPO, each a point on three axes, under the names of papers and TRL.
 
-Loss = ratio × surrogate × normaliser. With lp the current and anchor the anchor's logprobs of a completion's tokens
-(the policy before the step's first update; for a group that `rollout.reuse` replays, the policy that sampled it), A its
-advantage and m the mask over its trained tokens:
+Loss = ratio × surrogate × normalizer. For a completion, lp are the current logprobs of its tokens, anchor the anchor's
+logprobs (the policy before the step's first update; for a group that `rollout.reuse` replays, the policy that sampled
+it), A is its advantage, and m the mask over its trained tokens:
 
     ratio       token            r = exp(lp - anchor)
-                sequence         s = exp(Σ m (lp - anchor) / Σ m), one for the whole completion
-                sequence_token   s in value, with each token's own gradient: sg(s) · exp(lp - sg(lp))
+                sequence         s = exp(Σ m (lp - anchor) / Σ m), one ratio for the whole completion
+                sequence_token   the value of s, with each token's own gradient: sg(s) · exp(lp - sg(lp))
     surrogate   clip             -min(r A, clip(r, 1 - ε, 1 + ε_high) A); with δ the first r is min(r, δ)
                 cispo            -sg(min(r, ε_max)) A lp
                 sapo             -(4/τ) σ(τ (r - 1)) A, τ by the sign of A
@@ -15,8 +15,8 @@ advantage and m the mask over its trained tokens:
                 gmpo             -A exp(Σ m c / Σ m), c = min(lp - anchor, ε_high) for A > 0, max(lp - anchor, -ε)
                                  else
                 dppo             -sg(min(r, 20)) A lp + c ln² r, r = exp(lp - sampler's), without the first term for
-                                 tokens that have gone too far already: A > 0 and exp(lp) - exp(sampler's) > ε_high, or
-                                 A <= 0 and exp(lp) - exp(sampler's) < -ε; c is 0 in the paper, 1e-3 in prime-rl
+                                 tokens beyond the bounds: A > 0 and exp(lp) - exp(sampler's) > ε_high, or A <= 0 and
+                                 exp(lp) - exp(sampler's) < -ε; c is 0 in the paper, 1e-3 in prime-rl
                 reinforce        -A lp
     normalize   sequence         mean over completions of the mean over their tokens
                 sequence_sum     mean over completions of the sum over their tokens
@@ -24,7 +24,7 @@ advantage and m the mask over its trained tokens:
                 constant         sum over the step's tokens, divided by completions × max_completion_length
                 micro_batch      mean over micro-batches of the mean over their tokens: depends on the split
 
-The settings below are those of the papers; a recipe replaces what it names.
+The settings below come from the papers; a recipe can replace each of them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PresetName = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A variant: where it is from, its three axes, the baseline and scaling of its advantages, and its bounds."""
+    """A variant: its source, its three axes, the baseline and scaling of its advantages, and its bounds."""
 
     source: str
     ratio: Ratio = "token"
@@ -58,7 +58,8 @@ class Preset:
 
     @property
     def shares_gradient(self) -> bool:
-        """Whether all tokens of a completion have the same gradient, through one ratio, whatever their advantages."""
+        """Whether all tokens of a completion share one gradient through a single ratio, even if their advantages
+        differ."""
         return self.surrogate == "gmpo" or (self.ratio == "sequence" and self.surrogate in ("clip", "sapo"))
 
 
@@ -101,4 +102,4 @@ READ_BY: dict[str, tuple[Surrogate, ...]] = {
     "vespo_lambda_neg": ("vespo",),
     "dppo_penalty": ("dppo",),
 }
-"""Which surrogates read a setting: for any other it would do nothing, and is refused."""
+"""The surrogates that use a setting. With any other surrogate, the setting is refused."""

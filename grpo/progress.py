@@ -1,4 +1,4 @@
-"""How far a phase of a step is: what those who do the work tell those who show it."""
+"""The protocol of progress reports: from the code that does the work to the code that shows the progress."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from typing import NamedTuple, Protocol
 
 
 class RowCounts(NamedTuple):
-    """The rows that are being sampled: how many have ended, of how many, and how many turns the model has begun in all
-    of them."""
+    """Counts of the rows of a rollout: finished rows, all rows, and turns that the model has begun in all rows."""
 
     ended: int
     rows: int
@@ -15,10 +14,10 @@ class RowCounts(NamedTuple):
 
 
 class Progress(Protocol):
-    """Is called now and then with a phase, how much is done, and of how much.
+    """A progress callback: `(phase, done, total, rows)`.
 
-    `rollout` and `evaluation` count tokens, of which `total` is an upper bound, and tell the rows besides; `reward`
-    counts completions, and `update` micro-batches.
+    `rollout` and `evaluation` count tokens, with an upper bound as `total`, and may also pass `rows`; `reward` counts
+    completions, and `update` counts micro-batches.
     """
 
     def __call__(self, phase: str, done: int, total: int, rows: RowCounts | None = None, /) -> None: ...

@@ -1,4 +1,4 @@
-"""Tasks become groups of trajectories: an environment plays them, and the generator decodes for all of them."""
+"""Turns tasks into groups of trajectories: an environment plays each task, and one generator decodes for all tasks."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from grpo.generation.sampling import Sampling
 from grpo.types import Group, Rollout, Task
 
 Whole = Callable[[int, Group], object]
-"""Told of a task's place among those of this process and its group, as soon as the last row of that has ended."""
+"""Callback `(place, group)` for a finished group; `place` is the task's index among the tasks of this process."""
 
 
 class RolloutEngine:
     """Samples the policy: with logprobs for training, without for evaluation."""
 
     def __init__(self, generator: Generator, sampling: Sampling, environment: Environment | None = None) -> None:
-        """`environment` makes trajectories of tasks: single turns, unless another is given.
+        """`environment` turns tasks into trajectories; by default, completions are single turns.
 
-        Raises UserError for what is no environment.
+        Raises UserError for an object that is not an environment.
         """
         self.generator = generator
         self.sampling = sampling
@@ -51,14 +51,14 @@ class RolloutEngine:
         whole: Whole | None = None,
         deal: Deal | None = None,
     ) -> list[Group]:
-        """`n` trajectories of each task at `temperature` (0: greedy), as groups that are not scored yet.
+        """`n` trajectories of each task at `temperature` (0: greedy), as groups without scores.
 
-        `draws` is a key for all of them, or a seed for each: then what is drawn for a task does not depend on the
-        others. Of the tasks of several processes this one samples those that it takes of the `deal`, which has their
-        numbers afterwards; what is drawn for a task is the same in any process. Greedy completions are the policy's
-        own: no penalty reshapes them. `phase` is the name under which progress is told. `whole` is called with each
-        group while others decode, in the order in which they end. Where an environment adds to prompts, a group's task
-        has what its rows' prompts begin with (`Sampler.begin_after`).
+        `draws` is a key for all tasks, or a seed per task; with seeds, the draws of a task do not depend on the other
+        tasks. With several processes, this process samples the tasks that it takes from the `deal`, which then has
+        their numbers; the draws of a task are the same in every process. Greedy completions ignore filters and
+        penalties. `phase` is the name in progress reports. `whole` is called with each group while other groups decode,
+        in the order in which groups end. If an environment adds to prompts, a group's task has the common beginning of
+        its rows' prompts (`Sampler.begin_after`).
         """
         deal = deal or Deal(range(len(tasks)))
         if not deal.goes_on:  # a process whose share is empty
@@ -88,11 +88,11 @@ class RolloutEngine:
         return groups
 
     def deal(self, ranks: Ranks, tasks: int, n: int) -> Deal:
-        """Who samples which of so many tasks with `n` trajectories each. All processes of `ranks` call it."""
+        """The distribution of `tasks` tasks with `n` trajectories each over processes. All of `ranks` must call it."""
         return Deal.of(ranks, tasks, self.generator.slots // n)
 
     async def _play(self, task: Task, sampler: Sampler, place: int, whole: Whole | None) -> Group:
-        """The group of one task, which `whole` is told of."""
+        """Play one task, and pass its group to `whole`."""
         with self._named(task):
             playing = self.environment.rollout(task, sampler)
             check_awaitable(playing)
@@ -108,7 +108,8 @@ class RolloutEngine:
 
     @contextmanager
     def _named(self, task: Task) -> Iterator[None]:
-        """What is raised within says which environment raised it, on which row; an author's mistake is a RunError."""
+        """A block whose exceptions name the environment and the row; a mistake in the environment's code becomes a
+        RunError."""
         name, row = type(self.environment).__name__, f"row {task.index} of {task.source}"
         try:
             yield
@@ -120,7 +121,7 @@ class RolloutEngine:
 
 
 def _seeds(draws: mx.array | Sequence[int], tasks: int) -> list[tuple[int, tuple[int, ...]]]:
-    """For each task what its draws depend on: one key and the task's number, or a seed of its own."""
+    """The seed and position of each task's draws: one seed with the task's number, or a seed per task."""
     if isinstance(draws, mx.array):
         seed = seed_of(draws)
         return [(seed, (number,)) for number in range(tasks)]
@@ -128,7 +129,7 @@ def _seeds(draws: mx.array | Sequence[int], tasks: int) -> list[tuple[int, tuple
 
 
 def with_policy_step(groups: Sequence[Group], step: int) -> list[Group]:
-    """The same groups, sampled by a policy that had made `step` training steps."""
+    """The same groups with `policy_step` set to `step`, the number of training steps before they were sampled."""
     return [replace(group, rollouts=tuple(_at(rollout, step) for rollout in group.rollouts)) for group in groups]
 
 
@@ -137,14 +138,14 @@ def _at(rollout: Rollout, step: int) -> Rollout:
 
 
 def at_temperature(sampling: Sampling, temperature: float) -> Sampling:
-    """The same sampling at another temperature. Greedy (0) answers are the policy's own: nothing reshapes them."""
+    """The same sampling at another temperature. Greedy sampling (0) has no filters and no penalty."""
     if temperature == 0:
         sampling = replace(sampling, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
     return replace(sampling, temperature=temperature)
 
 
 def sampling_of(cfg: RolloutConfig) -> Sampling:
-    """A recipe's sampling."""
+    """The sampling settings of a recipe."""
     return Sampling(
         temperature=cfg.temperature,
         max_tokens=cfg.max_completion_length,

@@ -1,4 +1,4 @@
-"""What tools and environments may return: the seam to the code of a researcher's environment."""
+"""The type that tools and environments may return: the interface to the code of a user's environment."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a tool, or an environment's `step`, may return in the place of its bare result.
+    """The return value of a tool, or of an environment's `step`, with more than a plain result.
 
-    `result` goes to the model; None adds nothing. `reward` is for the turn that led here. `done` ends the conversation.
-    Any object with these three attributes is taken alike.
+    `result` goes to the model; None adds nothing. `reward` is the reward of the model's last turn. `done` ends the
+    conversation. Any object with these three attributes works in the same way.
     """
 
     result: Any = None

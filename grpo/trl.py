@@ -1,6 +1,6 @@
-"""What TRL's names are called here, for the messages about a recipe that holds one.
+"""Translates TRL's names to grpo's, for errors about a recipe that contains a TRL name.
 
-The tables of the manual's page are the only source: what a person reads there is what a message says. The page is
+The tables of the manual's page are the only source, so the page and the messages agree. The page is
 `docs/pages/tutorials/migrating-from-trl.md`, and the wheel has a copy.
 """
 
@@ -19,13 +19,13 @@ TRANSLATED, ABSENT = "## Settings", "## What is not here"
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """What the page says of one of TRL's names: the keys that it is here (none: it is not here), and a remark."""
+    """The page's entry for a TRL name: grpo's keys (empty if grpo has no such setting), and a remark."""
 
     keys: tuple[str, ...]
     remark: str
 
     def sentence(self, name: str) -> str:
-        """What to say to somebody who wrote TRL's `name` in a recipe."""
+        """The hint for a recipe with TRL's `name`."""
         if not self.keys:
             return f"TRL's {name} is not a setting here: {self.remark}."
         remark = f" ({self.remark})" if self.remark else ""
@@ -33,7 +33,7 @@ class Translation:
 
 
 def answer(name: str) -> Translation | None:
-    """What the page says of a name of TRL, transformers or PEFT; None for a name of none of them."""
+    """The page's entry for a name of TRL, transformers or PEFT; None for any other name."""
     table = answers()
     if name in table:
         return table[name]
@@ -42,7 +42,7 @@ def answer(name: str) -> Translation | None:
 
 @cache
 def answers() -> dict[str, Translation]:
-    """Every name in the first column of the page's tables of settings, `LoraConfig.` cut off, with its answer."""
+    """The entries of all names in the first column of the page's tables of settings, without `LoraConfig.`."""
     text = (bundled(FOLDER) / PAGE).read_text(encoding="utf-8").partition(TRANSLATED)[2]
     translated, _, absent = text.partition(ABSENT)
     found: dict[str, Translation] = {}

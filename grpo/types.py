@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 Message = dict[str, Any]
-"""A chat message: `role`, `content`, and of an assistant's that calls tools `tool_calls`, of a tool's `name`."""
+"""A chat message: `role` and `content`; an assistant's message may have `tool_calls`, a tool's message has `name`."""
 Prompt = str | list[Message]
 FinishReason = Literal[
     "stop",
@@ -26,8 +26,9 @@ FinishReason = Literal[
     "rollout_timeout",
     "failed",
 ]
-"""Why a completion ended: the model stopped (`stop`), its environment ended it (`done`), it repeated itself, its
-environment failed (`failed`), or it came to the limit of that name (`length` is that of the completion)."""
+"""Why a completion ended: the model stopped (`stop`), the environment ended it (`done`), it repeated itself
+(`repetition`), the environment failed (`failed`), or it reached the limit of this name (`length`: the completion's
+length)."""
 Value = TypeVar("Value")
 
 
@@ -58,17 +59,17 @@ BEHAVIOUR, SAMPLER = "behaviour", "sampler"
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What was said and done in a completion of several turns. Its tokens are the trajectory's.
+    """The messages and rewards of a completion with several turns. The trajectory has its tokens.
 
-    environment    the name of the environment; `tools` if there are tools alone
+    environment    the name of the environment; `tools` if there are only tools
     prompt         the messages before the first turn, with what the environment's `reset` added
     messages       the messages after the prompt: the model's, tool results and the environment's
     turn_rewards   for each of the model's turns, the reward that its steps gave; None if they gave none
     outcome        what the environment's `get_reward` returned; None if it has none, or did not score
-    calls          how many tools were called; `failed_calls` of them failed: unknown, wrong arguments, exceptions
+    calls          number of tool calls, of which `failed_calls` failed: unknown tools, wrong arguments, exceptions
     failure        why the environment failed; None if it did not
-    home           where the environment lives until the completion is scored; None afterwards
-    metrics        what an agent measured of itself, by name
+    home           the seat of the environment until the completion is scored; None afterwards
+    metrics        metrics that an agent returned, by name
     """
 
     environment: str
@@ -89,18 +90,18 @@ class Conversation:
         return sum(given) if given else None
 
     def __reduce__(self) -> tuple[type[Conversation], tuple[Any, ...]]:
-        """What is pickled, for other processes: all but `home`, which is a thing of this one."""
+        """Pickle everything except `home`, which is valid only in this process."""
         return Conversation, tuple(None if name == "home" else getattr(self, name) for name in self.__slots__)
 
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """All tokens that follow a task's prompt, exactly as they were sampled: text is never encoded again.
+    """All tokens after a task's prompt, exactly as they were sampled: text is never encoded again.
 
     `trained` marks the tokens that the policy sampled and learns from, the stop token included. Untrained tokens, such
-    as a tool's answer, may stand anywhere; the model reads them, but no length, mean or gradient includes them.
+    as a tool's answer, may be anywhere; the model reads them, but no length, mean or gradient includes them.
 
-    `columns` holds named floats, one for each token:
+    `columns` holds named floats, one per token:
 
         behaviour   log p under the policy that sampled, fp32, at the sampling temperature; absent if not requested
         sampler     log p under the distribution that was drawn from; present only where filters (top-k, top-p, min-p),
@@ -108,13 +109,13 @@ class Trajectory:
 
     The values at untrained tokens are meaningless and may be NaN.
 
-    `text` is all tokens decoded without special tokens, of every turn and with what an environment said between them;
-    it ends before the stop string that ended the last turn. `policy_step` counts the training steps behind the policy
-    that sampled, None outside training. `conversation` says who said what in several turns; None for a single answer.
+    `text` is all tokens decoded without special tokens: every turn, and the environment's messages between turns. It
+    ends before the stop string that ended the last turn. `policy_step` is the number of training steps of the policy
+    that sampled; None outside training. `conversation` has the messages of several turns; None for a single answer.
 
-    `begins` are the places of tokens at which the conversation went on in a new row (`environment.thinking: drop`). The
-    tokens from there on follow the group's prompt, and not the tokens before: first what the model read again, which is
-    not trained, and then what it sampled. `parts` are these rows.
+    `begins` has the indices of tokens at which the conversation continued in a new row (`environment.thinking: drop`).
+    A new row follows the group's prompt instead of the tokens before it: first the tokens that the model read again,
+    which are not trained, then the tokens that it sampled. `parts` are these rows.
 
     Raises ValueError if `trained` or a column differs from `token_ids` in length.
     """
@@ -149,12 +150,13 @@ class Trajectory:
 
     @property
     def truncated(self) -> bool:
-        """Whether a limit or a failure ended it, and not the model or its environment."""
+        """Whether a limit, a repetition or a failure ended the completion, rather than the model or its environment."""
         return self.finish_reason not in ("stop", "done")
 
     @property
     def parts(self) -> tuple[Trajectory, ...]:
-        """The rows to train on, of which each follows the group's prompt: itself, unless some began anew."""
+        """The rows to train on, each of which follows the group's prompt: the trajectory itself, or the rows that
+        `begins` separates."""
         if not self.begins:
             return (self,)
         spans = [slice(*edges) for edges in pairwise((0, *self.begins, len(self.token_ids)))]
@@ -171,12 +173,12 @@ class Trajectory:
 
     @property
     def turns(self) -> int:
-        """How many turns the model had: runs of trained tokens, with others between them."""
+        """Number of the model's turns: runs of trained tokens, separated by untrained tokens."""
         return max(self.turns_begun, default=0)
 
     @property
     def turns_begun(self) -> tuple[int, ...]:
-        """How many turns have begun up to each token, itself included."""
+        """Number of turns that have begun up to and including each token."""
         return tuple(accumulate(int(here and not before) for before, here in pairwise((False, *self.trained))))
 
     @property
@@ -195,7 +197,7 @@ class Trajectory:
         return self.columns.get(SAMPLER)
 
     def of_trained(self, values: Sequence[Value]) -> list[Value]:
-        """The values at trained tokens, from `values` with one entry for each token."""
+        """The values at trained tokens; `values` has one entry per token."""
         return list(compress(values, self.trained))
 
 
@@ -207,8 +209,8 @@ FAILURES: tuple[FailureKind, ...] = ("error", "timeout", "crash", "memory")
 class Failure:
     """Why a reward function failed to score a completion, or why its environment failed.
 
-    A score of None without a failure means "not applicable". `kind` is one of `FAILURES`: it raised or answered with
-    what it may not, it took too long, its process ended, or its process used too much memory.
+    A score of None without a failure means "not applicable". `kind` is one of `FAILURES`: an exception or an invalid
+    answer, a timeout, the death of the process, or too much memory.
     """
 
     kind: FailureKind
@@ -222,17 +224,17 @@ class Failure:
 class Rollout:
     """A trajectory with its scores.
 
-    scores      the raw score of each reward, by the reward's name, and of each environment; None where there is none
-    failures    the rewards that failed on this completion, and the environment if that failed, with the reason
+    scores      the raw score of each reward and of each environment, by name; None for no score
+    failures    the failures of rewards on this completion, and of the environment, by name
     extras      values that rewards recorded with `log_extra`
-    logged      values that rewards recorded with `log_metric` for this completion alone; of several, their mean
-    failed      whether a reward with a weight other than 0 failed, or the environment
+    logged      values that rewards recorded with `log_metric` in a call for only this completion; the mean of several
+    failed      whether a reward with a nonzero weight or the environment failed
     reward      the weighted sum of the scores; None if no reward scored the completion, or if `failed`
     penalty     subtracted from the reward before advantages are computed
     advantage   0 until the objective sets it
-    taught      whether a teacher gives its tokens a signal of their own, whatever the advantage
-    turn_advantages   with `advantage.turns: turn`, the advantage of each of the model's turns, which take the place of
-                `advantage`; that is then the first of them, in which all rewards of the conversation are
+    taught      whether a teacher gives each token a signal, regardless of the advantage
+    turn_advantages   with `advantage.turns: turn`, the advantage of each of the model's turns, used instead of
+                `advantage`. `advantage` is then the first turn's, which includes all rewards of the conversation
     lag         training steps between the policy that sampled and the policy that learns. 0 unless `rollout.reuse`
                 replays the group, or other processes sampled it ahead (`ranks`)
     replayed    whether `rollout.reuse` took it from an earlier step, which sampled and counted it
@@ -254,7 +256,7 @@ class Rollout:
 
     @property
     def has_advantage(self) -> bool:
-        """Whether any token's advantage is other than 0."""
+        """Whether any token has a nonzero advantage."""
         return any(self.turn_advantages) if self.turn_advantages is not None else self.advantage != 0
 
 
@@ -278,7 +280,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """How many completions and trained tokens were sampled, before any filter: denominators and metrics use these."""
+    """Numbers of sampled completions and trained tokens, before any filter; denominators and metrics use them."""
 
     rows: int
     tokens: int
@@ -291,37 +293,37 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A micro-batch: B trajectories of up to T tokens, which share P prompts of up to L tokens.
+    """A micro-batch: B trajectories of up to T tokens, with P shared prompts of up to L tokens.
 
         prompt_ids       `[P, L]` int32, padded on the right
         prompt_lengths   `[P]` int32
         prompt_index     `[B]` int32: the prompt of each row
 
-    The columns have one value for each token, `[B, T]`, padded on the right; float32, `token_ids` int32:
+    The columns have one value per token, `[B, T]`, padded on the right; `token_ids` is int32, the others float32:
 
         token_ids    the tokens after the prompt
-        trained      the mask: 1 on tokens to learn from, else 0. Zeros may stand anywhere in a row.
+        trained      the mask: 1 on tokens to learn from, else 0. Zeros may be anywhere in a row.
         weights      the normalizer: each token's share of the loss, fixed before the update was split into
                      micro-batches; 0 wherever `trained` is 0
-        advantages   the row's advantage, or that of the turn, on each trained token; 0 elsewhere
+        advantages   the row's advantage, or the turn's advantage, on each trained token; 0 elsewhere
         behaviour    log p under the policy that sampled
         sampler      log p under the distribution that was drawn from; None unless filters changed it
-        stale        1 on the tokens that an earlier step's policy sampled, else 0; None: this step's policy sampled
-                     all of them. The loss takes `behaviour` for the anchor of stale tokens, whatever `anchor` holds.
+        stale        1 on the tokens that an earlier step's policy sampled, else 0; None if this step's policy sampled
+                     all tokens. The loss uses `behaviour` instead of `anchor` for stale tokens.
         anchor       log p under the policy before this step's first update, the denominator of the ratios. None: the
                      current policy is still that policy, and the ratios of tokens that are not stale are 1.
         reference    log p under the reference policy; None if no KL penalty needs it
         teacher      log p under the teacher, whose advantages are in `advantages`; None unless `kl: sampled`
         entropies    of the anchor, in nats, without dropout; None unless the update applies dropout
 
-    beta `[]` float32 is the weight of the KL penalty at this step, None if the loss has no penalty now. What the loss
-    takes of a teacher is None without one: `teacher_coef` `[]` float32, the weight of its KL; `teacher_hidden`
-    `[B, T, D]`, its hidden states (`kl: exact`); `teacher_ids` `[B, T, k]` int32 and `teacher_logprobs` `[B, T, k + 1]`
-    float32, its likeliest tokens, and log p of these and of all others together (`kl: top_k`).
+    `beta` `[]` float32 is the weight of the KL penalty at this step; None if the loss has no penalty now. The teacher's
+    fields are None without a teacher in the loss: `teacher_coef` `[]` float32, the weight of its KL; `teacher_hidden`
+    `[B, T, D]`, its hidden states (`kl: exact`); `teacher_ids` `[B, T, k]` int32, its most likely tokens, and
+    `teacher_logprobs` `[B, T, k + 1]` float32, log p of these tokens and of all other tokens together (`kl: top_k`).
 
-    lines and starts, int32, say how the rows stand behind one another as they go through the model: `[5, R, W]` (where
-    each line holds one row, `[3, R, W]`) and `[B]` (`grpo.model.lines`). None: each goes by itself, behind its prompt.
-    All logprobs are at the sampling temperature. Where `trained` is 0 they may hold anything, NaN included.
+    `lines` and `starts`, int32, say how rows are packed one after another for the model: `[5, R, W]` (`[3, R, W]` if
+    each line has one row) and `[B]` (`grpo.model.lines`). None: each row is a separate line, after its prompt.
+    All logprobs are at the sampling temperature. Where `trained` is 0, they may be anything, NaN included.
     """
 
     prompt_ids: mx.array
@@ -347,7 +349,7 @@ class Batch:
     teacher_logprobs: mx.array | None = None
 
     def arrays(self) -> dict[str, mx.array]:
-        """The arrays by field name, without those that are None: `mx.compile` takes dicts, but no dataclasses."""
+        """The arrays by field name, without None: `mx.compile` accepts dicts, but not dataclasses."""
         fields = {name: getattr(self, name) for name in self.__slots__}
         return {name: value for name, value in fields.items() if value is not None}
 
@@ -359,21 +361,21 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """The metrics of one training step, under TRL's names, and every group that it sampled.
+    """The metrics of one training step, under TRL's names, and every group that the step sampled.
 
-    The groups that the step trained on come first in `groups`, with their advantages. Older groups, which the step
-    trained on and did not sample, are among them: they are `replayed`.
+    The groups that the step trained on come first in `groups`, with their advantages. They include older groups that
+    the step replayed, with `replayed` set.
     """
 
     step: int
     values: Mapping[str, float]
     groups: tuple[Group, ...] = ()
     alarms: tuple[Alarm, ...] = ()
-    """What the step showed to go wrong in the run."""
+    """Alarms that this step raised."""
 
     @property
     def sampled(self) -> tuple[Group, ...]:
-        """The groups that the step itself sampled, without older ones that it replayed."""
+        """The groups that the step sampled, without older groups that it replayed."""
         return tuple(group for group in self.groups if not group.replayed)
 
 
@@ -382,8 +384,8 @@ class EvalMetrics:
     """One evaluation on `n` held-out prompts, graded by the reward `grader`.
 
     `values` holds the fractions `greedy`, `avg@k`, `pass@k` and `maj@k`, and the mean scores `rewards/<name>`;
-    `intervals` holds their 95 % intervals (low, high). `failed_gradings` counts the completions that the grader failed
-    on, which count as not solved.
+    `intervals` holds their 95 % intervals (low, high). `failed_gradings` is the number of completions on which the
+    grader failed, which count as wrong.
     """
 
     step: int

@@ -1,7 +1,7 @@
-"""2048 played by an agent: a program of its own, which asks the model as any OpenAI client does. `agent-2048` trains on
-it; the same game as an environment is `qwen3-2048`.
+"""2048 played by an agent: a separate program, which calls the model like any OpenAI client. The recipe `agent-2048`
+trains on it; `qwen3-2048` has the same game as an environment.
 
-It needs the package `openai`, and imports nothing of grpo: against any other endpoint it plays as well.
+It needs the package `openai`, and does not import grpo, so it also plays against other endpoints.
 """
 
 import json
@@ -25,10 +25,10 @@ MOVE = {
 
 
 async def run(data: dict, base_url: str, api_key: str) -> dict:
-    """Play the game that a row of the dataset begins. The reward is the game's; what else is returned is a metric."""
+    """Play the game of a row in the dataset. Returns the game's reward; the other values are metrics."""
     game = Game2048()
-    asked = data["prompt"][-1]["content"] + game.reset(**data)
-    messages, moves = [{"role": "user", "content": asked}], 0
+    question = data["prompt"][-1]["content"] + game.reset(**data)
+    messages, moves = [{"role": "user", "content": question}], 0
     async with openai.AsyncOpenAI(base_url=base_url, api_key=api_key) as client:
         while moves < MOVES and (answer := await answer_to(client, messages)) is not None:
             messages.append(answer.model_dump(exclude_none=True))
@@ -41,9 +41,9 @@ async def run(data: dict, base_url: str, api_key: str) -> dict:
 
 
 async def answer_to(client: openai.AsyncOpenAI, messages: list[dict]) -> object | None:
-    """What the model says; None where `rollout.max_completion_length` leaves no room for it.
+    """The model's answer; None if `rollout.max_completion_length` leaves no room for it.
 
-    An agent that lets that error pass gets a reward of 0; this one is rewarded for what it reached until then.
+    An agent that does not catch this error gets a reward of 0; this agent is rewarded for its result so far.
     """
     try:
         answer = await client.chat.completions.create(model="policy", messages=messages, tools=[MOVE])
@@ -55,7 +55,7 @@ async def answer_to(client: openai.AsyncOpenAI, messages: list[dict]) -> object 
 
 
 def played(game: Game2048, call: object) -> str:
-    """The board after a call, or what is wrong with the call: the model reads that, and may try again."""
+    """The board after a call, or the call's error, which the model reads before it tries again."""
     try:
         return game.move(**json.loads(call.arguments))
     except (ValueError, TypeError) as error:

@@ -1,6 +1,6 @@
-"""The game 2048 as an environment, and where its games begin: what `qwen3-2048` trains on.
+"""The game 2048 as an environment, and the dataset of its initial boards, for the recipe `qwen3-2048`.
 
-It imports nothing of grpo, and runs under TRL's `environment_factory` as it is.
+It does not import grpo, and works unchanged with TRL's `environment_factory`.
 """
 
 import random
@@ -14,16 +14,16 @@ ASKED = (
 
 
 def boards(split: str) -> list[dict]:
-    """A row for each game: 4,096 to train on, 128 others to measure by."""
+    """One row per game: 4,096 for training, 128 others for evaluation."""
     first, many = (0, 4096) if split == "train" else (10_000, 128)
     return [{"prompt": [{"role": "user", "content": ASKED}], "board_seed": first + i} for i in range(many)]
 
 
 class Game2048:
-    """Each conversation has a game of its own; `move` is a tool, because it is a public method."""
+    """Each conversation has its own game. `move` is a tool, because it is a public method."""
 
     def reset(self, board_seed: int, **_) -> str:
-        """Called with all columns of the row before a conversation; what it returns is added to the prompt."""
+        """Called before a conversation with all columns of the row. The returned text is added to the prompt."""
         self._draw = random.Random(board_seed)
         self._board = [[0] * 4 for _ in range(4)]
         self._add()
@@ -37,7 +37,7 @@ class Game2048:
         Args:
             direction: left, right, up or down.
         """
-        if direction not in WAYS:  # an error is told to the model, and the game goes on
+        if direction not in WAYS:  # the model reads the error, and the game continues
             raise ValueError(f"There is no direction {direction!r}: there are {', '.join(WAYS)}.")
         moved = self._moved(direction)
         if moved == self._board:
@@ -51,7 +51,7 @@ class Game2048:
         return self._shown()
 
     def get_reward(self) -> float:
-        """Called when the conversation has ended: 1 with the goal's tile, less with less."""
+        """Called after the conversation: 1 if the goal's tile was reached, else the largest tile / the goal."""
         return min(1.0, self._largest() / GOAL)
 
     def _moved(self, direction: str) -> list[list[int]]:
@@ -72,7 +72,7 @@ class Game2048:
 
 
 def _slid(line: list[int]) -> list[int]:
-    """A line whose tiles slide to its beginning."""
+    """A line after its tiles slide to the beginning."""
     tiles, slid = [tile for tile in line if tile], []
     while tiles:
         tile = tiles.pop(0)

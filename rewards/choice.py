@@ -1,4 +1,4 @@
-r"""Multiple choice: the letter that the completion settles on."""
+r"""Multiple choice: whether the completion's final letter is the answer."""
 
 import re
 from typing import Any
@@ -16,10 +16,10 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def reward(completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:
-    r"""1.0 where the completion's letter is the answer's, else 0.0; None where the answer is neither letter nor index.
+    r"""1.0 if the completion's letter is the answer, else 0.0; None if the answer is neither a letter nor an index.
 
-    The answer is a letter, or an index from 0. The completion's letter is the last that it says it is: `\boxed{B}`,
-    `answer: B`, `the answer is (B)`; or else the last that has a line to itself.
+    The answer is a letter, or an index from 0. The completion's letter is the last one that it states as its answer:
+    `\boxed{B}`, `answer: B`, `the answer is (B)`; or else the last letter on a line of its own.
     """
     return [_grade(text, _letter(gold)) for text, gold in zip(texts(completions), answer, strict=True)]
 

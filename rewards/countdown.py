@@ -1,4 +1,4 @@
-"""Countdown: an expression that makes the target from the given numbers (the task of TinyZero and of many after it)."""
+"""Countdown: whether an expression of the given numbers equals the target (the task of TinyZero)."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ from grpo.scoring.text import texts
 
 CALLS = "completion"
 
-LONGEST = 200  # characters of an expression; it bounds depth and size of what is evaluated
+LONGEST = 200  # maximum number of characters of an expression, which bounds the cost of evaluating it
 EXPRESSION = re.compile(rf"[0-9+\-*/() ]{{1,{LONGEST}}}")
 SIGNS = str.maketrans("×÷−", "*/-")
 OPERATORS: dict[type[ast.operator], Any] = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}
@@ -20,11 +20,11 @@ OPERATORS: dict[type[ast.operator], Any] = {ast.Add: add, ast.Sub: sub, ast.Mult
 def reward(
     completions: list[Any], numbers: list[Any], target: list[Any], leave_out: bool = False, **_: Any
 ) -> list[float | None]:
-    """1.0 where the completion's expression makes `target` and uses each of `numbers` once, else 0.0.
+    """1.0 if the completion's expression equals `target` and uses each of `numbers` exactly once, else 0.0.
 
-    `leave_out`: each at most once. The expression is what the last `<answer>...</answer>` holds, or without one the
-    last line. It is of whole numbers, + - * / and brackets, reckoned in fractions, and may end in `= target`. None
-    where the row's numbers or target are no whole numbers.
+    `leave_out`: each number at most once. The expression is the content of the last `<answer>...</answer>`, or else the
+    last line. It may contain whole numbers, + - * / and parentheses, is evaluated in fractions, and may end in
+    `= target`. None if the row's numbers or target are not whole numbers.
     """
     rows = zip(texts(completions), numbers, target, strict=True)
     return [_grade(text, given, goal, leave_out) for text, given, goal in rows]
@@ -43,7 +43,7 @@ def _grade(completion: str, numbers: Any, target: Any, leave_out: bool) -> float
 
 
 def _expression(completion: str, target: int) -> str:
-    """What is claimed to be the expression, without `= target`."""
+    """The text of the expression, without `= target`."""
     _, opened, text = completion.rpartition("</answer>")[0].rpartition("<answer>")
     if not opened:
         text = completion.strip().rpartition("\n")[2]
@@ -52,7 +52,7 @@ def _expression(completion: str, target: int) -> str:
 
 
 def _parsed(text: str) -> ast.expr | None:
-    """The tree of an expression in whole numbers, + - * / and a sign; None for all else."""
+    """The syntax tree of an expression of whole numbers, + - * / and minus signs; None for any other text."""
     if not EXPRESSION.fullmatch(text):
         return None
     try:
@@ -81,7 +81,7 @@ def _fits(used: list[int], given: list[int], leave_out: bool) -> bool:
 
 
 def _value(tree: ast.expr) -> Fraction:
-    """Raises ZeroDivisionError."""
+    """The value of an expression. Raises ZeroDivisionError."""
     if isinstance(tree, ast.BinOp):
         return Fraction(OPERATORS[type(tree.op)](_value(tree.left), _value(tree.right)))
     if isinstance(tree, ast.UnaryOp):

@@ -1,4 +1,4 @@
-"""The completion, or what a pattern finds in it, is the answer, letter by letter."""
+"""Whether the completion, or the match of a pattern in it, is exactly the answer."""
 
 import re
 from typing import Any
@@ -11,10 +11,10 @@ CALLS = "completion"
 def reward(
     completions: list[Any], answer: list[Any], extract: str | None = None, ignore_case: bool = True, **_: Any
 ) -> list[float | None]:
-    r"""1.0 where they are equal but for white space (and case), else 0.0; None where the answer is null.
+    r"""1.0 if completion and answer are equal except for white space (and case), else 0.0; None if the answer is null.
 
-    `extract` is a regular expression: what its last match holds (its first group, if it has one) is compared instead
-    of the whole completion. A list of answers holds all that are right.
+    `extract` is a regular expression: its last match (or the match's first group, if there is one) is compared instead
+    of the whole completion. In a list of answers, each answer is right.
     """
     return [_grade(text, gold, extract, ignore_case) for text, gold in zip(texts(completions), answer, strict=True)]
 

@@ -1,4 +1,4 @@
-"""The number after `####`, GSM8K's convention (arXiv 2110.14168): 1 if it equals the answer's, else 0."""
+"""The number after `####`, GSM8K's convention (arXiv 2110.14168): 1 if it equals the answer, else 0."""
 
 import re
 from typing import Any
@@ -10,9 +10,9 @@ NUMBER = re.compile(r"####\s*(-?\$?|\$-)(\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
 def reward(completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:
-    """1.0 where the completion's last `#### N` equals the answer, a number or a text that ends in `#### N`, else 0.0.
+    """1.0 if the completion's last `#### N` equals the answer, else 0.0.
 
-    None where the answer is neither.
+    The answer is a number, or a text that ends in `#### N`. None for any other answer.
     """
     return [_grade(text, str(gold)) for text, gold in zip(texts(completions), answer, strict=True)]
 

@@ -1,4 +1,4 @@
-"""JSON that fits a schema (JSON Schema, by the jsonschema package)."""
+"""Whether the completion is JSON that matches a schema (JSON Schema, by the jsonschema package)."""
 
 import json
 import re
@@ -16,10 +16,10 @@ FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
 
 
 def reward(schema: dict[str, Any] | None = None, fenced: bool = True) -> Callable[..., list[float | None]]:
-    """1.0 where the completion is JSON that fits, else 0.0; None where the row's schema is null.
+    """1.0 if the completion is JSON that matches the schema, else 0.0; None if the row's schema is null.
 
-    The schema is the argument, or without one the dataset's column `json_schema` (an object, or its text). `fenced`:
-    the last block in a code fence, if there is one, counts instead of the whole completion.
+    The schema is the argument `schema`, or else the dataset's column `json_schema` (an object, or its text). `fenced`:
+    if the completion has code fences, the last fenced block counts instead of the whole completion.
     """
     fixed = None if schema is None else _validator(schema)
 
@@ -39,7 +39,7 @@ def _validator(schema: Any) -> Any:
     try:
         kind.check_schema(schema)
     except SchemaError as error:
-        raise ValueError(f"the schema is none: {error.message}") from None
+        raise ValueError(f"not a valid JSON Schema: {error.message}") from None
     return kind(schema)
 
 
@@ -55,7 +55,7 @@ def _grade(completion: str, validator: Any, fenced: bool) -> float | None:
 
 
 def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 _AGE = {"type": "object", "properties": {"age": {"type": "integer", "minimum": 0}}, "required": ["age"]}

@@ -1,4 +1,4 @@
-"""The writing that a completion is in: the fraction of its letters that the language is written with."""
+"""The script of a completion: the fraction of its letters that belong to the language's script."""
 
 import unicodedata
 from functools import lru_cache
@@ -27,10 +27,10 @@ def reward(
     language: Literal["ar", "el", "en", "he", "hi", "ja", "ko", "ru", "th", "zh"] = "en",
     **_: Any,
 ) -> list[float | None]:
-    """Between 0.0 and 1.0; None for a completion without letters.
+    """The fraction of letters in the language's script, from 0.0 to 1.0; None for a completion without letters.
 
-    It holds a model to one language as DeepSeek-R1 did (arXiv 2501.12948) where the mixture is of writings, such as
-    English and Chinese. It cannot tell English from French.
+    It keeps a model in one language, like DeepSeek-R1's language consistency reward (arXiv 2501.12948), if the mixed
+    languages have different scripts, such as English and Chinese. It cannot distinguish English from French.
     """
     return [_fraction(text, language) for text in texts(completions)]
 

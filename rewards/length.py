@@ -1,4 +1,4 @@
-"""The completion's length in tokens: near a target, short by a cosine, or punished near the limit."""
+"""The completion's length in tokens: close to a target, short (cosine), or a penalty near the limit."""
 
 import math
 from collections.abc import Callable
@@ -8,16 +8,16 @@ from typing import Any, Literal
 def reward(
     tokens: int, kind: Literal["target", "cosine", "overlong"] = "target", cache: int = 0
 ) -> Callable[..., list[float]]:
-    """`kind` says what of the number of `tokens`, the stop token included.
+    """A score by the number of sampled tokens, the stop token included; `kind` selects the function.
 
-    target: 1 at `tokens`, down to 0 at nothing and at twice as many (after L1, arXiv 2503.04697). cosine: from 1 for
-    nothing down to 0 at `tokens` and beyond, by half a cosine (arXiv 2502.03373). overlong: 0 up to `tokens - cache`,
-    then down to -1 at `tokens` (DAPO's soft punishment, arXiv 2503.14476).
+    target: 1 at `tokens`, falling to 0 at length 0 and at 2 × `tokens` (after L1, arXiv 2503.04697). cosine: from 1 at
+    length 0 along half a cosine to 0 at `tokens` and beyond (arXiv 2502.03373). overlong: 0 up to `tokens - cache`,
+    then falling to -1 at `tokens` (DAPO's soft overlong punishment, arXiv 2503.14476).
     """
     if tokens <= 0:
-        raise ValueError(f"kwargs.tokens: {tokens} is no length")
+        raise ValueError(f"kwargs.tokens: expected a number above 0, got {tokens}")
     if (kind == "overlong") != (0 < cache <= tokens):
-        raise ValueError("kwargs.cache: kind overlong needs one, of at most `tokens`; the others none")
+        raise ValueError("kwargs.cache: kind: overlong needs a cache from 1 to `tokens`; other kinds must not have one")
 
     def score(completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [_score(len(ids), tokens, kind, cache) for ids in completion_ids]

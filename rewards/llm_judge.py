@@ -1,4 +1,4 @@
-"""A score by another model, behind an OpenAI-compatible endpoint, that reads a prompt and a completion."""
+"""A score from another model, behind an OpenAI-compatible endpoint, that reads the prompt and the completion."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ from typing import Any
 
 from grpo.scoring.text import as_text, texts
 
-PAID = True  # a call costs money: a dry run makes none
+PAID = True  # calls cost money, so a dry run makes none
 
 PROMPT = """Grade the answer to the question from 0 (useless) to 10 (perfect).
 
@@ -47,28 +47,28 @@ def reward(
     request_timeout: float = 60.0,
     cache: str | None = "~/.cache/grpo/llm_judge",
 ) -> Callable[..., Any]:
-    """The last number that `pattern` finds in the judge's answer, from `low`..`high` onto 0..1; None where it has none.
+    """The last number that `pattern` finds in the judge's answer, scaled from `low`..`high` to 0..1; None without one.
 
-    `prompt` is a template over `{prompt}`, `{completion}` and the dataset's columns. The key is read from the
-    environment variable `api_key_env`, and sent nowhere but to `base_url`. Requests run side by side, as many as
-    `concurrency` says; what is refused for load or cannot be reached is asked again, up to `retries` times, with
-    growing pauses. Answers are kept in the folder `cache` (null: nowhere) by model and prompt. Give the reward a
-    `timeout` that a step's requests fit in.
+    `prompt` is a template over `{prompt}`, `{completion}` and the dataset's columns. The API key comes from the
+    environment variable `api_key_env`, and is sent only to `base_url`. At most `concurrency` requests run at the same
+    time. Requests that fail because of load or the connection are repeated up to `retries` times, with growing pauses.
+    Answers are cached in the folder `cache` (null: no cache) by model and prompt. Set the reward's `timeout` high
+    enough for all requests of a step.
     """
     if low >= high:
-        raise ValueError("kwargs.low is not below kwargs.high")
+        raise ValueError("kwargs.low must be below kwargs.high")
     if concurrency < 1 or retries < 0:
-        raise ValueError("kwargs: concurrency is at least 1, and retries at least 0")
+        raise ValueError("kwargs: concurrency must be at least 1, and retries at least 0")
     try:
         groups = re.compile(pattern).groups
     except re.error as error:
-        raise ValueError(f"kwargs.pattern: {pattern!r} is no regular expression: {error}") from None
+        raise ValueError(f"kwargs.pattern: {pattern!r} is not a regular expression: {error}") from None
     if groups > 1:
-        raise ValueError(f"kwargs.pattern: {pattern!r} has {groups} groups; the number stands in one")
+        raise ValueError(f"kwargs.pattern: {pattern!r} has {groups} groups, but only one can contain the number")
     try:
         list(string.Formatter().parse(prompt))
     except ValueError as error:
-        raise ValueError(f"kwargs.prompt: {error}; a brace of the text itself is doubled") from None
+        raise ValueError(f"kwargs.prompt: {error}; write {{{{ and }}}} for literal braces") from None
     judge = _Judge(model, base_url, temperature, max_tokens, api_key_env, retries, request_timeout, cache)
 
     async def score(
@@ -76,13 +76,13 @@ def reward(
     ) -> list[Any]:
         columns = {name: values for name, values in columns.items() if isinstance(values, list)}
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        asked = [
+        questions = [
             prompt.format_map({**row, "prompt": as_text(question), "completion": text})
             for question, text, row in zip(prompts, texts(completions), rows or [{}] * len(prompts), strict=True)
         ]
         with ThreadPoolExecutor(concurrency) as threads:
             loop = asyncio.get_running_loop()
-            asking = [loop.run_in_executor(threads, judge.ask, question) for question in asked]
+            asking = [loop.run_in_executor(threads, judge.ask, question) for question in questions]
             answers = await asyncio.gather(*asking, return_exceptions=True)
         log_extra("llm_judge", [str(answer) for answer in answers])
         return [a if isinstance(a, BaseException) else _number(a, pattern, low, high) for a in answers]
@@ -91,7 +91,7 @@ def reward(
 
 
 class _Judge:
-    """One question, one answer: from the cache, or from the endpoint."""
+    """Answers questions, from the cache or from the endpoint."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class _Judge:
         self._cache = Path(cache).expanduser() if cache else None
 
     def ask(self, question: str) -> str:
-        """The judge's text. Raises RuntimeError where it cannot be had."""
+        """The judge's answer. Raises RuntimeError if the request fails."""
         body = json.dumps({**self._settings, "messages": [{"role": "user", "content": question}]}, sort_keys=True)
         kept = self._kept(body)
         if kept is not None and kept.is_file():
@@ -149,29 +149,30 @@ class _Judge:
 
 
 def _key(variable: str) -> str:
-    """The key, without the line break of the file that it came from. An error about a header would show the header."""
+    """The API key, without surrounding white space such as a line break. The check matters because an HTTP error about
+    an invalid header would show the header."""
     key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise ValueError(f"the environment variable {variable} holds no key: it has characters that none has")
+        raise ValueError(f"the environment variable {variable} is not an API key: it has invalid characters")
     return key
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """The key goes to one place: a redirection is an error."""
+    """Refuses redirects, so that the key goes only to `base_url`."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
 
 
 def _passing(error: Exception) -> bool:
-    """Whether it may go better the next time: load, a gateway, a connection; not a refusal."""
+    """Whether a repeated request may succeed: after load, gateway and connection errors, but not after a refusal."""
     if isinstance(error, urllib.error.HTTPError):
         return error.code in (408, 409, 429) or error.code >= 500
     return True
 
 
 def _said(error: Exception) -> str:
-    """What went wrong, without anything of the request in it."""
+    """The error as text, without any part of the request."""
     if isinstance(error, urllib.error.HTTPError):
         return f"HTTP {error.code} {error.reason}"
     return f"{type(error).__name__}: {error}"
@@ -186,14 +187,14 @@ def _number(answer: str, pattern: str, low: float, high: float) -> float | None:
 
 @contextlib.contextmanager
 def case_kwargs() -> Iterator[dict[str, Any]]:
-    """For the cases: a judge on this machine that answers with what the completion tells it to."""
+    """The arguments for the cases: a local judge that answers with the text that the completion dictates."""
     import threading
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            said = asked["messages"][-1]["content"].partition("JUDGE SAYS ")[2].partition("\n")[0]
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            said = request["messages"][-1]["content"].partition("JUDGE SAYS ")[2].partition("\n")[0]
             body = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))

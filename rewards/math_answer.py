@@ -9,11 +9,11 @@ from math_verify import LatexExtractionConfig, parse, verify
 
 from grpo.scoring.text import texts
 
-logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # an answer that cannot be parsed is wrong, not news
+logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # an answer that cannot be parsed is only wrong
 
 CALLS = "completion"
 SECONDS = 3
-"""For reading an expression, and for comparing two: an expression can be written that takes for ever."""
+"""Time limit for parsing an expression, and for comparing two: some expressions would take forever."""
 
 
 def reward(
@@ -23,11 +23,11 @@ def reward(
     log_metric: Callable[[str, float], None] | None = None,
     **_: Any,
 ) -> list[float | None]:
-    r"""1.0 where the completion's final answer equals the gold one, else 0.0; None where the gold cannot be parsed.
+    r"""1.0 if the completion's final answer equals the gold answer, else 0.0; None if the gold answer cannot be parsed.
 
-    The gold answer is LaTeX or a number, or a text that ends in GSM8K's `#### N`. The completion's is, `lenient`, the
-    last `\boxed{...}`, LaTeX expression or number in it; `strict`, only what stands in `\boxed{...}` or as a LaTeX
-    formula. Both are logged, as `math_answer/lenient` and `math_answer/strict`.
+    The gold answer is LaTeX, a number, or a text that ends in GSM8K's `#### N`. With `lenient`, the completion's answer
+    is its last `\boxed{...}`, LaTeX expression or number; with `strict`, only a `\boxed{...}` or a LaTeX formula
+    counts. Both results are logged, as `math_answer/lenient` and `math_answer/strict`.
     """
     scores: list[float | None] = []
     for text, gold in zip(texts(completions), answer, strict=True):
@@ -36,8 +36,8 @@ def reward(
             scores.append(None)
             continue
         loose = _lenient(text)
-        strict = _strict(text) if loose else None  # where nothing is found at all, nothing is found in a box
-        same = strict is not None and str(strict[-1:]) == str(loose[-1:])  # comparing can take long: once is enough
+        strict = _strict(text) if loose else None  # without a lenient answer there is no strict one
+        same = strict is not None and str(strict[-1:]) == str(loose[-1:])  # comparing can be slow: do it once
         lenient = _equal(expected, loose)
         found = {"lenient": lenient, "strict": lenient if same else _equal(expected, strict)}
         for name, value in found.items():

@@ -1,4 +1,4 @@
-"""The completion's Python code against the row's tests, in a sandbox."""
+"""Runs the completion's Python code against the row's tests, in a sandbox."""
 
 import os
 import re
@@ -25,23 +25,24 @@ def reward(
     concurrency: int | None = None,
     unsafe: bool = False,
 ) -> Callable[..., list[Any]]:
-    """1.0 where all tests pass, else 0.0 (`partial`: the fraction that passes); None for a row without tests.
+    """1.0 if all tests pass, else 0.0 (`partial`: the fraction of passed tests); None for a row without tests.
 
-    The code is the last fenced block, or else the whole completion. The column holds a text of Python or a list: of
-    such texts, which see what the code has defined and raise where they fail, or of `{input, output}`, which the code
-    is run on as a program; tests that are neither are a failure. The limits are for each completion; as many run at
-    once as there are processors, or as `concurrency` says. Give the reward a `timeout` that fits a group of which all
-    take their `seconds`. Where there can be no sandbox it refuses, unless `unsafe`: then only the limits hold.
+    The code is the last fenced block, or else the whole completion. The column has a Python text or a list. A list has
+    either Python texts, which can use the code's definitions and raise an exception to fail, or objects
+    `{input, output}`, for which the code runs as a program; other tests are a failure. The limits apply to each
+    completion. `concurrency` completions run at the same time; by default, as many as there are processors. Set the
+    reward's `timeout` high enough for a group in which every completion takes its `seconds`. Without a sandbox on this
+    machine, the reward refuses to load, unless `unsafe` is set: then only the limits protect the machine.
     """
     if not unsafe and (why := missing()) is not None:
         raise ValueError(
-            f"no sandbox: {why}. `kwargs: {{unsafe: true}}` runs the model's code on this machine without one"
+            f"no sandbox: {why}. `kwargs: {{unsafe: true}}` runs the model's code on this machine without a sandbox"
         )
     limits = Limits(seconds, memory_mb, processes, disk_mb)
 
     def score(completions: list[Any], log_extra: Callable[[str, list[Any]], None], **columns: Any) -> list[Any]:
         if column not in columns:
-            raise ValueError(f"the dataset has no column {column!r}; it has {', '.join(columns)}")
+            raise ValueError(f"the dataset has no column {column!r}; its columns are {', '.join(columns)}")
 
         def one(text: str, tests: Any) -> Tally | None:
             return run_tests(_code(text), tests, limits, unsafe) if tests else None
@@ -70,18 +71,18 @@ def _listed(tests: Any) -> list[Any]:
 
 
 def _wrong(tests: list[Any]) -> Exception | None:
-    """What is wrong with the row's tests themselves, which no completion answers for."""
+    """The error in the row's tests, which is not the completion's fault; None if the tests are valid."""
     programs = [test for test in tests if isinstance(test, dict)]
     if any(not isinstance(test.get(key), str) for test in programs for key in ("input", "output")):
-        return ValueError("a test of a program has an input and an output, both texts")
+        return ValueError("a test of a program needs an input and an output, both texts")
     if (programs and len(programs) < len(tests)) or not all(isinstance(test, dict | str) for test in tests):
-        return ValueError("tests are texts of Python, or objects with input and output, and not both")
+        return ValueError("tests must be either all Python texts, or all objects with input and output")
     try:
         for test in tests:
             if isinstance(test, str):
                 compile(test, "test.py", "exec")
     except (SyntaxError, ValueError) as error:
-        return ValueError(f"a test is no Python: {error}")
+        return ValueError(f"a test is not valid Python: {error}")
     return None
 
 

@@ -1,4 +1,4 @@
-"""A regular expression that the completion must match, or must not."""
+"""A regular expression that the completion must match, or must not match."""
 
 import re
 from collections.abc import Callable
@@ -12,14 +12,14 @@ CALLS = "completion"
 def reward(
     pattern: str, whole: bool = False, ignore_case: bool = False, absent: bool = False
 ) -> Callable[..., list[float]]:
-    """1.0 where `pattern` is found (`whole`: where it matches all of the completion), else 0.0; `absent`: the reverse.
+    """1.0 if `pattern` is found in the completion (`whole`: if it matches the whole completion), else 0.0.
 
-    A dot matches line breaks too.
+    `absent` reverses the scores. A dot also matches line breaks.
     """
     try:
         expression = re.compile(pattern, re.DOTALL | (re.IGNORECASE if ignore_case else 0))
     except re.error as error:
-        raise ValueError(f"kwargs.pattern: {pattern!r} is no regular expression: {error}") from None
+        raise ValueError(f"kwargs.pattern: {pattern!r} is not a regular expression: {error}") from None
     match = expression.fullmatch if whole else expression.search
 
     def score(completions: list[Any], **_: Any) -> list[float]:

@@ -1,13 +1,13 @@
-"""A penalty for saying the same again: the fraction of n-grams of tokens that were there before (arXiv 2502.03373)."""
+"""A penalty for repetition: the fraction of token n-grams that occurred earlier (arXiv 2502.03373)."""
 
 from collections.abc import Callable
 from typing import Any
 
 
 def reward(n: int = 3, max_penalty: float = -1.0) -> Callable[..., list[float]]:
-    """`max_penalty` times the fraction of n-grams that repeat an earlier one: 0 for none."""
+    """`max_penalty` times the fraction of n-grams that repeat an earlier n-gram; 0 without repetition."""
     if n < 1 or max_penalty > 0:
-        raise ValueError("kwargs: n is at least 1, and max_penalty at most 0")
+        raise ValueError("kwargs: n must be at least 1, and max_penalty at most 0")
 
     def score(completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [_penalty(ids, n, max_penalty) for ids in completion_ids]

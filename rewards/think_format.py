@@ -1,4 +1,4 @@
-"""One block of thought, then an answer: `<think>...</think>` and text after it."""
+"""Format: one `<think>...</think>` block, then an answer."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ CALLS = "completion"
 
 
 def reward(completions: list[Any], opened: bool = False, **_: Any) -> list[float]:
-    """1.0 where the completion is one `<think>` block with something in it, then something more; else 0.0.
+    """1.0 if the completion is one nonempty `<think>` block followed by text, else 0.0.
 
-    `opened`: the chat template has written `<think>` already, so the completion begins inside the block.
+    `opened`: the chat template already ends with `<think>`, so the completion begins inside the block.
     """
     return [_grade(text, opened) for text in texts(completions)]
 

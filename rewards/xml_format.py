@@ -1,4 +1,4 @@
-"""Named blocks in order, such as `<reasoning>...</reasoning> <answer>...</answer>`, and nothing around them."""
+"""Format: named blocks in order, such as `<reasoning>...</reasoning> <answer>...</answer>`, with no other text."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ CALLS = "completion"
 def reward(
     completions: list[Any], tags: tuple[str, ...] = ("reasoning", "answer"), partial: bool = False, **_: Any
 ) -> list[float]:
-    """1.0 where the completion is these blocks, each once, in this order, none empty; else 0.0.
+    """1.0 if the completion consists of these blocks, each once, in this order, none empty; else 0.0.
 
-    `partial`: the fraction of `tags` that open and close exactly once, with something in between, where not all is
-    right; at most 0.9.
+    `partial`: if the format is not right, the fraction of `tags` that open and close exactly once with text in between,
+    times 0.9.
     """
     if not tags:
-        raise ValueError("tags: there are none")
+        raise ValueError("kwargs.tags: name at least one tag")
     return [_grade(text, tags, partial) for text in texts(completions)]
 
 
@@ -34,7 +34,7 @@ def _grade(completion: str, tags: tuple[str, ...], partial: bool) -> float:
 
 
 def _block(text: str, tag: str) -> str | None:
-    """What is between a tag's only opening and its only closing; None where there is nothing of the kind."""
+    """The text between a tag's only opening and its only closing; None if it is missing or empty."""
     if text.count(f"<{tag}>") != 1 or text.count(f"</{tag}>") != 1:
         return None
     inner = text.partition(f"<{tag}>")[2].partition(f"</{tag}>")

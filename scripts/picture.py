@@ -1,6 +1,6 @@
-"""Makes the pictures of the README and the manual from a run of the quickstart: its terminal, and what it learned.
+"""Makes the pictures of the README and the manual from a run of the quickstart: its terminal and its learning curve.
 
-python scripts/picture.py [FOLDER]    trains the quickstart in FOLDER (default: a temporary one)
+python scripts/picture.py [FOLDER]    trains the quickstart in FOLDER (default: a temporary folder)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ IMAGES = Path(__file__).parents[1] / "docs" / "pages" / "images"
 STEPS = {"1/60", "2/60", "10/60", "20/60", "40/60", "50/60", "60/60"}
 SKIPPED = "memory", "updates of", "drafts", "prompts:", "decoding:", "speculation:", "decoded "
 WIDTH = 108
-"""Characters of the terminal's picture."""
+"""Width of the terminal's picture in characters."""
 FRAME = """\
 <svg viewBox="0 0 {terminal_width} {terminal_height}" xmlns="http://www.w3.org/2000/svg">
 <style>
@@ -34,11 +34,11 @@ FRAME = """\
 {matrix}
 </g></g></svg>
 """
-"""A terminal without a window around it. No fonts are loaded from elsewhere."""
+"""A terminal without a window frame. It loads no fonts from other sites."""
 
 
 def trained(folder: Path) -> list[str]:
-    """What `grpo train quickstart` printed, line by line."""
+    """The lines that `grpo train quickstart` printed."""
     code = "import sys; from grpo.cli import main; sys.argv = ['grpo', *sys.argv[1:]]; main()"
     command = [sys.executable, "-c", code, "train", "quickstart", "--overwrite"]
     ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
@@ -47,7 +47,7 @@ def trained(folder: Path) -> list[str]:
 
 
 def shown(lines: list[str]) -> list[str]:
-    """The lines of the picture: what the run is, some steps, all evaluations, the table. `...` for the others."""
+    """The lines of the picture: the head, some steps, all evaluations, the table. `...` replaces the other lines."""
     kept = ["$ grpo train quickstart"]
     for line in lines:
         skipped = line.startswith(SKIPPED) or (line.startswith("step ") and line.split(" ", 2)[1] not in STEPS)

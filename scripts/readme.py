@@ -1,6 +1,6 @@
-"""The README for package indexes, where relative links and images lead nowhere. Hatchling calls this when it builds.
+"""Makes the README for package indexes, where relative links and images do not work. Hatchling calls it in a build.
 
-With a URL named Source in pyproject.toml, links lead there. Without one they become plain text and images are left out.
+If pyproject.toml has a URL named Source, links point there. Otherwise links become plain text and images are removed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 
 class CustomMetadataHook(MetadataHookInterface):
-    """Gives the package's metadata its README."""
+    """Adds the README to the package's metadata."""
 
     def update(self, metadata: dict) -> None:
         text = (Path(self.root) / "README.md").read_text(encoding="utf-8")
@@ -21,7 +21,7 @@ class CustomMetadataHook(MetadataHookInterface):
 
 
 def published(text: str, source: str | None) -> str:
-    """The text with links that work anywhere. `source` is the address of the repository's files, if there is one."""
+    """The text with links that work on any site. `source` is the address of the repository's files, if there is one."""
     relative = r"\[([^\[\]]*)\]\((?![a-z]+:)([^)]+)\)"
     if source is not None:
         return re.sub(rf"(!?){relative}", rf"\1[\2]({source.rstrip('/')}/\3)", text)

@@ -56,9 +56,9 @@ def test_the_curves_by_hand(lessons) -> None:
     runs = [ran("environment", 0, 0.3, 0.8), ran("environment", 1, 0.4, 0.9), ran("environment", 2, 0.0, 0.0)]
     runs += [ran("agent", 1, 0.4, 0.92), ran("agent", 0, 0.3, 0.84)]
     assert lessons.summary(runs).splitlines() == [
-        "agents: accuracy in per cent",
+        "agents: accuracy in percent",
         "",
-        "| step | environment | agent | agent less environment |",
+        "| step | environment | agent | agent - environment |",
         "|---|---|---|---|",
         "| 0 | 35.0 ± 63.5 | 35.0 ± 63.5 | 0.0 ± 0.0 |",
         "| 5 | 85.0 ± 63.5 | 88.0 ± 50.8 | 3.0 ± 12.7 |",

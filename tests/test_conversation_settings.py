@@ -85,7 +85,7 @@ def test_limits_on_the_command_line(tmp_path: Path) -> None:
         (ALL, "environments.chess.use=null", "environments.chess: name a class with `use`"),
         (ALL, "environments.chess.max_turns=0", "environments.chess.max_turns: expected greater than 0, got 0"),
         (ALL, "environments.chess.turns=3", "unknown key environments.chess.turns. Did you mean"),
-        (ALL, "rollout.environment=a.py:A", "It is environment.use now: write environment: {use:"),
+        (ALL, "rollout.environment=a.py:A", "It is now environment.use: write environment: {use:"),
         ("rewards: [{use: exact}]\ntools: [python]\n", "environment.kwargs={a: 1}", "kwargs does nothing without use"),
         ("rewards: [{use: exact}]\n", "advantage.turns=turn", "advantage.turns: turn does nothing without environment"),
         ("tools: [python]\n", "seed=1", "rewards: a run needs at least one"),
@@ -162,8 +162,8 @@ def test_agents_have_an_hour(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("environment.use=a.py:A", "use and agent each name what the model talks to"),
-        ("environment.command=[a]", "agent and command each name what the model talks to"),
+        ("environment.use=a.py:A", "use and agent each name an environment"),
+        ("environment.command=[a]", "agent and command each name an environment"),
         ("environment={command: []}", "command: name a program"),
         ("environment={command: ['']}", "command: name a program"),
         ("environment={command: [a], kwargs: {b: 1}}", "kwargs does nothing with command"),

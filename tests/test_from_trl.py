@@ -126,7 +126,10 @@ def test_what_is_said_to_be_here_is_here() -> None:
         ),
         ("environments.chess.max_turn=3", "Did you mean environments.chess.max_turns?"),
         ("tools=[{use: calculator, time_out: 3}]", "Did you mean tools.0.timeout?"),
-        ("sync_ref_model=true", "TRL's sync_ref_model is adapter.sync_reference_every here (a number of steps; null"),
+        (
+            "sync_ref_model=true",
+            "TRL's sync_ref_model is adapter.sync_reference_every here (a number of rollouts, not updates; null",
+        ),
         (
             "adapter.lora_dropout=0.1",
             "TRL's lora_dropout is adapter.dropout here (in the update only).",

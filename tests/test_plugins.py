@@ -33,7 +33,7 @@ def test_a_function_in_a_file(tmp_path: Path) -> None:
 
 def test_an_object_of_a_session_is_in_no_file_and_cannot_be_found() -> None:
     assert source_file("__main__:mine") is None
-    with pytest.raises(UserError, match="reward '__main__:mine': this was a Python object of the session"):
+    with pytest.raises(UserError, match="reward '__main__:mine': this was a Python object in the session"):
         find_function("__main__:mine", "reward")
 
 
@@ -47,11 +47,11 @@ def test_a_function_in_a_module() -> None:
         ("", "gsm8k_anser", "Did you mean 'gsm8k_answer'?"),
         ("", "absent.py:f", "there is no file absent.py"),
         ("", "no_such_module:f", "there is no module 'no_such_module'"),
-        ("def score(): ...", "{file}:scor", "no function 'scor' there. Did you mean 'score'?"),
+        ("def score(): ...", "{file}:scor", "no function 'scor' in it. Did you mean 'score'?"),
         (
             "from math import *\ndef right(): ...\ndef short(): ...",
             "{file}:reward",
-            "there. There are 'right', 'short'",
+            "in it. It defines 'right', 'short'",
         ),
         ("import nothing_like_this", "{file}:f", "cannot be imported: ModuleNotFoundError"),
         ("1/0", "{file}:f", "cannot be imported: ZeroDivisionError: division by zero ({file}:1)"),
@@ -129,7 +129,7 @@ def test_a_name_that_means_two_things_is_an_error_that_lists_both(package) -> No
     package("length")
     with pytest.raises(UserError) as error:
         find_reward("length")
-    assert "reward 'length' means two things: bundled (" in str(error.value)
+    assert "reward 'length' is ambiguous: bundled (" in str(error.value)
     assert "length.py:reward) and of package their-package (their_package:fair)" in str(error.value)
     assert find_reward("their_package:fair")[0] == "fair"
 
@@ -142,15 +142,19 @@ def test_a_file_alone_names_its_only_function(tmp_path: Path) -> None:
     )
     assert find_function(str(file), "loss")(4) == 2
     for text, said in (
-        ("def f(): ...\ndef g(): ...", f"the file defines 'f', 'g'. Write {file}:f"),
-        ("from math import sqrt\nclass Row: ...", f"the file defines no function of its own. Write {file}:function"),
-        ("def _f(): ...", "the file defines no function of its own"),
+        ("def f(): ...\ndef g(): ...", f"this file defines 'f', 'g'. Write {file}:f"),
+        ("from math import sqrt\nclass Row: ...", f"this file defines no function. Write {file}:function"),
+        ("def _f(): ...", "this file defines no function."),
     ):
         file.write_text(text)
-        with pytest.raises(UserError, match=r"loss '.*mine.py': without a function's name it means the only") as error:
+        with pytest.raises(
+            UserError, match=r"loss '.*mine.py': a file without the name of a function must define exactly one"
+        ) as error:
             find_function(str(file), "loss")
         assert said in str(error.value)
-    with pytest.raises(UserError, match=r"logger 'print': write file.py:function, file.py \(of one function\) or pack"):
+    with pytest.raises(
+        UserError, match=r"logger 'print': write file.py:function, file.py \(with one function\) or pack"
+    ):
         find_function("print", "logger")
 
 
@@ -185,7 +189,10 @@ def test_a_tool_in_a_file_or_a_module(tmp_path: Path) -> None:
     assert locate_tool(f"{file}:Notes").name == find_tool(f"{file}:Notes")[1].__name__ == "Notes"
     assert find_tool(f"{file}:find")[0] == "find"
     assert find_tool("math:sqrt") == ("sqrt", math.sqrt)
-    with pytest.raises(UserError, match=r"without a function or class's name it means the only function or class .* "):
+    with pytest.raises(
+        UserError,
+        match=r"a file without the name of a function or class must define exactly one function or class, .* ",
+    ):
         find_tool(str(file))
     file.write_text("class Notes: ...\n")
     assert (find_tool(str(file))[0], find_tool(str(file))[1].__name__) == ("mine", "Notes")
@@ -196,11 +203,11 @@ def test_a_tool_in_a_file_or_a_module(tmp_path: Path) -> None:
     [
         (
             "calcuator",
-            "no tool of that name. Did you mean 'calculator'? There are calculator, python; your own: file.py:n",
+            "no tool of that name. Did you mean 'calculator'? Known names: calculator, python. For your own",
         ),
         ("absent.py", "there is no file absent.py"),
-        ("math:sqr", "no function or class 'sqr' there"),
-        ("__main__:mine", "a Python object of the session"),
+        ("math:sqr", "no function or class 'sqr' in it"),
+        ("__main__:mine", "a Python object in the session"),
     ],
 )
 def test_a_tool_that_cannot_be_had(use: str, said: str) -> None:
@@ -223,12 +230,12 @@ def test_environments_are_classes(tmp_path: Path) -> None:
     assert find_function(str(file), "environment").__name__ == "Shop"
     file.write_text("def helper(): ...\n")
     for use, said in (
-        (str(file), f"means the only class that the file defines, and the file defines no class .* Write {file}:Class"),
-        (f"{file}:Shpo", "no class 'Shpo' there. There are 'helper'"),
-        ("Shop", r"write file.py:Class, file.py \(of one class\) or package.module:Class"),
-        ("absent_shop:Shop", "there is no module 'absent_shop'. Of a file write absent_shop.py:Shop$"),
-        ("absent.shop:Shop", "there is no module 'absent'. Of a file write absent/shop.py:Shop$"),
-        ("absent.py:Shop", r"no file absent.py \(a recipe's are looked for beside it, then in the working directory"),
+        (str(file), f"must define exactly one class, but this file defines no class. Write {file}:Class"),
+        (f"{file}:Shpo", "no class 'Shpo' in it. It defines 'helper'"),
+        ("Shop", r"write file.py:Class, file.py \(with one class\) or package.module:Class"),
+        ("absent_shop:Shop", "there is no module 'absent_shop'. For a file, write absent_shop.py:Shop$"),
+        ("absent.shop:Shop", "there is no module 'absent'. For a file, write absent/shop.py:Shop$"),
+        ("absent.py:Shop", r"no file absent.py \(grpo looks next to the recipe, then in the working directory"),
     ):
         with pytest.raises(UserError, match=said):
             find_function(use, "environment")

@@ -92,7 +92,7 @@ def test_overrides_reach_into_sections_and_lists(tmp_path: Path) -> None:
             "rollout.num_generations: expected greater than or equal",
         ),
         ("optim:", "loss: {type: grop}\noptim:", 6, "loss.type: expected 'grpo', 'bnpo', 'dr_grpo'"),
-        ("optim:", "loss: {beta: 0, beta: 1}\noptim:", 6, "loss.beta is given twice"),
+        ("optim:", "loss: {beta: 0, beta: 1}\noptim:", 6, "loss.beta occurs twice"),
         ("optim:", "optim: [", 6, "not YAML"),
         ("gsm8k_answer", "gsm8k_answer\n    weight: 0", 4, "every reward has weight 0"),
         ("steps: 10", "steps: 10, num_minibatches: 3", 1, "rollout.prompts_per_step must be divisible"),

@@ -1,1 +1,1 @@
-"""Agents: programs that drive the model themselves, through an OpenAI-compatible endpoint, and train it."""
+"""Agents: programs that call the model through an OpenAI-compatible endpoint while it is trained on their calls."""

@@ -1,4 +1,4 @@
-"""The environment of agents: programs that drive the model themselves."""
+"""The environment for agents: programs that call the model themselves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from grpo.serving.sessions import SessionRules
 from grpo.types import BEHAVIOUR, Conversation, Failure, FinishReason, Task, Trajectory
 
 SEEDS = 2**31
-"""Seeds that agents are given are below this, so that any generator of random numbers in any language takes them."""
+"""Upper bound of agents' seeds, so that any random number generator in any language accepts them."""
 
 
 @dataclass(slots=True)
@@ -33,20 +33,20 @@ class _Played:
 
 
 class Agents:
-    """Runs the agents of a group side by side, and answers what they ask the model.
+    """Runs the agents of a group concurrently, and answers their requests with the model.
 
-    An agent is a seat's object: `reset` gets the row, and `run` the endpoint's `base_url`, `api_key` and a `seed`. What
-    it asks for is sampled at once, beside all others. Turns chain to one row while each prompt is all before it and
-    more; any other prompt begins a row, and all rows of a rollout have its advantage. The sampled tokens are what is
-    trained, and are never encoded again; prompts are not trained.
+    An agent is a seat's object: `reset` gets the row, and `run` gets the endpoint's `base_url`, `api_key` and a `seed`.
+    Its requests are sampled immediately, together with all others. A request whose prompt extends a whole earlier row
+    continues this row; any other prompt starts a new row. All rows of a rollout share its advantage. Training uses the
+    sampled tokens, which are never encoded again; prompts are not trained on.
 
-    What is drawn depends on the row of the dataset, the sample, the prompt and the position alone, whenever a request
-    comes. Where two requests at once go on from the same row, the first to come goes on in it.
+    Draws depend only on the dataset row, the sample, the prompt, and the position, not on when a request comes. If two
+    simultaneous requests continue the same row, the first continues in it.
 
-    A rollout ends when its agent returns: what it has asked for and not been answered is dropped. An agent that raises,
-    takes too long, or ends its process is a failure, and so is an agent that asks the model nothing. One that raises
-    because a limit refused its last request has lost, and its reward is 0: rollouts that come to `max_turns` or a
-    length are the policy's doing, and would teach it nothing if they were left out.
+    A rollout ends when its agent returns; requests without an answer are dropped. An agent fails if it raises, takes
+    too long, ends its process, or gets no answer from the model. But an agent that raises because a limit refused its
+    last request gets reward 0: the policy caused a rollout to reach `max_turns` or a length limit, and would not learn
+    from it if it were left out.
     """
 
     def __init__(
@@ -60,13 +60,16 @@ class Agents:
         system: str | None = None,
         keep_thinking: bool = False,
     ) -> None:
-        """`seed` is the run's, and `recipe` how the run samples in training: what requests may say again. The first
-        prompt may have `max_prompt_length` tokens; see `SessionRules` for `keep_thinking`, and `Conversations` for the
-        rest."""
+        """Set up the environment.
+
+        `seed` is the run's seed. `recipe` is the sampling in training: requests may repeat its values. The first prompt
+        may have at most `max_prompt_length` tokens. See `SessionRules` for `keep_thinking`, and `Conversations` for the
+        other arguments.
+        """
         self.host, self.frontend, self.seed = host, frontend, seed
         self.max_prompt_length, self.recipe, self.system = max_prompt_length, recipe, system
         self.limits: dict[str, int] = {}
-        """In the place of `max_prompt_length`, by the source of a task."""
+        """Limits that replace `max_prompt_length`, by the source of a task."""
         self._limits, self._keep_thinking = limits, keep_thinking
 
     async def rollout(self, task: Task, sampler: Sampler) -> list[Trajectory]:
@@ -116,7 +119,7 @@ class Agents:
 
 
 def _outcome(reply: Reply, session: AgentSession) -> AgentOutcome:
-    """What an agent came to that has asked, or not."""
+    """Return the outcome of an agent. It is a failure if the agent got no answer from the model."""
     if session.answered:
         stopped = reply.kind == "error" and session.refused is not None
         return AgentOutcome(LOST) if stopped else AgentOutcome.of(reply)
@@ -127,9 +130,9 @@ def _outcome(reply: Reply, session: AgentSession) -> AgentOutcome:
 
 
 def _settle(sampler: Sampler, played: Sequence[_Played]) -> None:
-    """Make what all rows begin with the group's prompt. Rollouts without such a beginning have failed.
+    """Set the group's prompt to the common prefix of all rows. If there is none, the rollouts fail.
 
-    Rollouts that have failed count only if all have: what becomes of their rows is of no interest to training.
+    Failed rollouts only count if all have failed: training does not use their rows.
     """
     good = [one for one in played if one.outcome.failure is None] or list(played)
     prompts = [strand.prompt_ids for one in good for strand in one.session.answered]

@@ -1,4 +1,4 @@
-"""Requests of agents on their way from the server's thread to the rollout's."""
+"""Passes agents' requests from the server's thread to the rollout's thread."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from grpo.serving.refusals import Refusal
 
 @dataclass(frozen=True, slots=True)
 class Posted:
-    """A request."""
+    """A new request."""
 
     ticket: Ticket
 
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """Nobody waits for the answer to a request any more."""
+    """A request whose client no longer waits for the answer."""
 
     ticket: Ticket
 
@@ -34,18 +34,18 @@ class Left:
 
 
 Mail = Posted | Cancelled | Left
-"""What a session is sent."""
+"""A message to a session."""
 
 
 def session_over() -> Refusal:
-    """The refusal of a request for which no rollout is under way."""
-    return Refusal(404, "the session is over: its rollout has ended, and nothing is sampled any more", "session_over")
+    """Return the refusal of a request whose rollout has ended."""
+    return Refusal(404, "the session is over: its rollout has ended, and the model answers no more", "session_over")
 
 
 class TrainingDecoder:
-    """A `Decoder` whose requests are decoded by the rollouts that they belong to. For any thread.
+    """A `Decoder` that passes each request to its rollout. Thread-safe.
 
-    What a session is told, it is told in the rollout's thread.
+    The callbacks of accepted requests run in the rollout's thread.
     """
 
     ended = False
@@ -55,17 +55,17 @@ class TrainingDecoder:
         self._inboxes: dict[str, Inbox[Mail]] = {}
 
     def open(self, session: str, inbox: Inbox[Mail]) -> None:
-        """Send the requests of a session there."""
+        """Send the requests of a session to `inbox`."""
         with self._lock:
             self._inboxes[session] = inbox
 
     def close(self, session: str) -> None:
-        """Refuse the requests of a session from now on."""
+        """Refuse all further requests of a session."""
         with self._lock:
             self._inboxes.pop(session, None)
 
     def submit(self, ask: Ask, tell: Callable[[Told], object]) -> Ticket:
-        """Have a request answered. See `Decoder`."""
+        """Submit a request. See `Decoder`."""
         ticket = Ticket(ask, tell)
         if not self._send(ask, Posted(ticket)):
             ticket.over = True
@@ -73,7 +73,7 @@ class TrainingDecoder:
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
-        """Answer a request no longer; nothing if it is over."""
+        """Cancel a request, unless it is over."""
         if not ticket.over:
             self._send(ticket.ask, Cancelled(ticket))
 

@@ -1,4 +1,4 @@
-"""The HTTP server of a run's agents: one in a process, as long as the run lasts."""
+"""The HTTP server for a run's agents. A process has one server, which lasts as long as the run."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from grpo.serving.shelf import PolicyModels
 from grpo.serving.speaker import Speaker
 
 MOST_REQUESTS = 2**20
-"""Requests under way at once: agents are the run's own, and what they ask for waits for a slot."""
+"""Maximum number of simultaneous requests: in effect none, because the agents belong to the run and wait for slots."""
 START_SECONDS, END_SECONDS = 30.0, 5.0
-ADVICE = "use the api_key that run() is given, or in a program OPENAI_API_KEY"
-"""For an agent that sends another key."""
+ADVICE = "use the api_key that run() gets, or in a program OPENAI_API_KEY"
+"""Advice for an agent that sends another key."""
 
 
 @dataclass(frozen=True, slots=True)
 class SessionDoor:
-    """What an agent is given of the server."""
+    """What an agent needs to call the server, and the id of its session."""
 
     base_url: str
     api_key: str
@@ -35,14 +35,14 @@ class SessionDoor:
 
 
 class Frontend:
-    """Listens on this machine alone, from the first session on until `close`. For the rollout's thread."""
+    """Listens on the loopback interface from the first session until `close`. Use it in the rollout's thread."""
 
     def __init__(self, speaker: Speaker, model: str, seconds: float = 24 * 3600.0) -> None:
-        """`speaker` writes and reads the model's turns, `model` is the model's own name, and an answer may take so many
-        `seconds`: what ends rollouts are their own limits."""
+        """`speaker` encodes and parses the model's turns, `model` is the model's name, and `seconds` is the time limit
+        of an answer: long, because rollouts have their own limits."""
         self.decoder = TrainingDecoder()
         self._speaker, self._model, self._seconds = speaker, model, seconds
-        speaker.refuses_long = False  # a rollout is to know of it
+        speaker.refuses_long = False  # the session refuses long prompts, so that the rollout records it
         self._key = secrets.token_urlsafe(24)
         self._service: Service | None = None
         self._server: Any = None
@@ -50,7 +50,7 @@ class Frontend:
         self._url = ""
 
     def open(self, inbox: Inbox[Mail], rules: SessionRules) -> SessionDoor:
-        """Begin a session, whose requests come to the inbox."""
+        """Begin a session, whose requests go to `inbox`."""
         if self._service is None:
             self._service = self._start(rules)
         session = secrets.token_hex(16)
@@ -59,13 +59,13 @@ class Frontend:
         return SessionDoor(f"{self._url}/s/{session}/v1", self._key, session)
 
     def end(self, door: SessionDoor) -> SessionMemory:
-        """End a session: its requests are refused from now on. Returns what was said in it."""
+        """End a session, and refuse its further requests. Returns the messages of the session."""
         assert self._service is not None
         self.decoder.close(door.id)
         return self._service.end(door.id)
 
     def close(self) -> None:
-        """End the server, once and for all."""
+        """Stop the server."""
         if self._server is not None and self._thread is not None:
             self._server.should_exit = True
             self._thread.join(END_SECONDS)
@@ -86,6 +86,6 @@ class Frontend:
         until = time.monotonic() + START_SECONDS
         while not self._server.started:
             if not self._thread.is_alive() or time.monotonic() > until:
-                raise RunError("the server of the run's agents did not start; see what was printed above")
+                raise RunError("the server for the run's agents did not start: see the output above")
             time.sleep(0.002)
         return service

@@ -1,4 +1,4 @@
-"""One rollout of an agent: what it asks for is sampled, until it returns."""
+"""One rollout of an agent: samples answers to its requests until it returns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from grpo.types import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """How much may be said: `longest_prompt` tokens in the first prompt, and the `limits` of a conversation."""
+    """The limits of a rollout: `longest_prompt` tokens in the first prompt, and the `limits` of a conversation."""
 
     longest_prompt: int
     limits: ConversationLimits
@@ -29,9 +29,9 @@ class Room:
 class AgentSession:
     """Decodes the requests of one agent, in the thread of the rollout.
 
-    A prompt that is a row's own, all that was sampled after it, and more goes on in that row. Any other begins a row.
-    `strands` are the rows, `cut` is the limit that the agent came to, if it came to one. `refused` is the refusal of
-    the last request, None if that was taken.
+    A prompt that extends a whole row (its prompt and all sampled tokens) continues this row. Any other prompt starts a
+    new row. `strands` are the rows; `cut` is the limit that the agent reached, if any; `refused` is the refusal of the
+    last request, or None if the request was accepted.
     """
 
     def __init__(self, sampler: Sampler, sample: int, room: Room) -> None:
@@ -45,17 +45,18 @@ class AgentSession:
 
     @property
     def inbox(self) -> Inbox[Mail]:
-        """Where requests come to, and the end of the agent."""
+        """Gets the agent's requests, and its end."""
         return self._inbox
 
     @property
     def answered(self) -> list[Strand]:
-        """The rows of which something was answered."""
+        """The rows with an answer, in a deterministic order."""
         return in_order(self.strands)
 
     async def until_it_leaves(self) -> Reply:
-        """Answer requests until the agent has returned, and refuse what is left then. Returns what came of it."""
-        refusal = ENDED  # where the rollout breaks off
+        """Answer requests until the agent has returned, and then refuse the remaining requests. Returns the reply to
+        the agent's `run`."""
+        refusal = ENDED  # if the rollout is broken off
         try:
             while True:
                 self._inbox.patient = bool(self._under_way)
@@ -76,12 +77,12 @@ class AgentSession:
 
     @property
     def ended_by(self) -> FinishReason:
-        """Why a rollout ended whose agent has returned: by a limit of the run, or because the agent was done."""
+        """Why the rollout of an agent that has returned ended: by a limit of the run, or because the agent was done."""
         last = self.strands[-1].reason if self.strands else None
         return self.cut or (last if last in ("length", "max_turn_tokens", "repetition") else None) or "done"
 
     def _begin(self, ticket: Ticket) -> None:
-        """Let a request decode, or refuse it."""
+        """Start to decode a request, or refuse it."""
         try:
             strands = self._strands_for(ticket.ask)
         except Refusal as refusal:
@@ -97,30 +98,31 @@ class AgentSession:
             self._sampler.watch(strand.row, lambda row, ticket=ticket: self._tell(ticket, row))  # type: ignore[misc]
 
     def _strands_for(self, ask: Ask) -> list[Strand]:
-        """The rows that are to decode for a request. Raises Refusal."""
+        """Start and return the rows that decode for a request. Raises Refusal."""
         prompt, most = tuple(ask.prompt_ids), self._room.limits.max_turns
         if most is not None and self._asked >= most:
             self.cut = "max_turns"
-            raise Refusal(403, f"the rollout has had all of its {most} turns (environment.max_turns)", "max_turns")
+            raise Refusal(403, f"the rollout has used all of its {most} turns (environment.max_turns)", "max_turns")
         if not self.strands and len(prompt) > self._room.longest_prompt:
-            raise _too_long(f"the first prompt has {len(prompt):,} tokens, and data.max_prompt_length is "
+            raise _too_long(f"the first prompt has {len(prompt):,} tokens, but data.max_prompt_length is "
                             f"{self._room.longest_prompt:,}: raise it, or begin with a shorter prompt")  # fmt: skip
         before = gone_on_with(self.strands, prompt)
         limit = before.limit if before is not None else self._limit(prompt)
         if len(prompt) >= limit:
             self.cut = "length"
             raise _too_long(f"{len(prompt):,} tokens leave no room for an answer: rollout.max_completion_length is "
-                            f"{self._sampler.longest:,} for all that follows a prompt")  # fmt: skip
+                            f"{self._sampler.longest:,} for everything after a prompt")  # fmt: skip
         if before is not None and self._fits(before, ask):
             return [self._go_on(before, ask)]
         return self._anew(ask, limit)
 
     def _limit(self, prompt: Sequence[int]) -> int:
-        """The most tokens of a new row. What its prompt has beyond the longest first prompt takes from the rest."""
+        """Return the maximum number of tokens of a new row: the completion limit, plus its prompt up to the limit of a
+        first prompt. The rest of a longer prompt counts toward the completion limit."""
         return min(len(prompt), self._room.longest_prompt) + self._sampler.longest
 
     def _fits(self, strand: Strand, ask: Ask) -> bool:
-        """Whether a request can go on in the row of a strand that it goes on from."""
+        """Whether a request that continues a strand can be decoded in the strand's row."""
         row, sampling = strand.row, self._of_turn(ask, strand.row.stopping.sampling.max_tokens, 0)
         recorded = row.wants_logprobs or not ask.logprobs
         return ask.n == 1 and strand.goes_on and recorded and sampling.reshaped is strand.row.stopping.sampling.reshaped
@@ -131,7 +133,7 @@ class AgentSession:
         self._sampler.go_on(row, suffix, self._of_turn(ask, most, len(row.token_ids) + len(suffix)))
         strand.decoding, strand.reason = True, None
         self.strands.remove(strand)
-        self.strands.append(strand)  # the last to be asked for
+        self.strands.append(strand)  # keep the most recently used strand last
         return strand
 
     def _anew(self, ask: Ask, limit: int) -> list[Strand]:
@@ -146,15 +148,15 @@ class AgentSession:
         return begun
 
     def _of_turn(self, ask: Ask, most: int, before: int) -> Sampling:
-        """How to sample a turn after `before` tokens of its row, which may have `most`. What a request says of lengths
-        is of the turn."""
+        """Return how to sample a turn after `before` tokens of its row, which may have at most `most` tokens. The
+        lengths in a request apply to its turn."""
         asked, run = ask.sampling, self._sampler.sampling
         turn = min(asked.max_tokens, self._room.limits.max_turn_tokens or inf)
         least = asked.min_tokens if asked.min_tokens in (0, run.min_tokens) else before + asked.min_tokens
         return replace(asked, max_tokens=most, max_turn_tokens=int(turn) if turn < most else 0, min_tokens=least)
 
     def _tell(self, ticket: Ticket, row: Row) -> None:
-        """Tell what a row has come to; with the last of a request's rows it is answered."""
+        """Send a row's new tokens to the client. A request is answered when its last row has ended."""
         told, ended = ticket.rows[row], row.finish_reason
         if ended is None and not ticket.ask.gradually:
             return
@@ -174,11 +176,11 @@ class AgentSession:
             own = strand.reason == "max_turn_tokens" and ticket.ask.sampling.max_tokens <= (
                 self._room.limits.max_turn_tokens or inf
             )
-            strand.reason = None if own else strand.reason  # the agent wanted no more
+            strand.reason = None if own else strand.reason  # the agent's own limit, not a limit of the run
         self._inbox.patient = bool(self._under_way)
 
     def _cancel(self, ticket: Ticket) -> None:
-        """Let nothing of a request decode any longer. It has not been answered, so it does not count."""
+        """Stop decoding a request. It has not been answered, so it does not count as a turn."""
         ticket.over = True
         strands = self._under_way.pop(ticket, None)
         if strands is not None:

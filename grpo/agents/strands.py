@@ -1,4 +1,4 @@
-"""The rows of one agent's rollout: which of them a request goes on in, and what they come to."""
+"""The rows of one agent's rollout: which row a request continues, and the rows' trajectories."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from grpo.generation.rows import Row
 from grpo.types import BEHAVIOUR, SAMPLER, FinishReason, Trajectory
 
 KEPT = 4
-"""Rows that wait to be gone on with, of those that nothing has gone on with when a request begins another."""
+"""Number of waiting rows that are kept for later requests when a request starts a new row."""
 
 
 @dataclass(eq=False, slots=True)
 class Strand:
-    """A row: a prompt, and turns that each followed from the whole before.
+    """A row: a prompt, and turns that each continued everything before them.
 
-    `limit` is the most tokens of prompt and all that follows. `answered` counts those after the prompt up to the end of
-    the last turn that was answered: what came after it was cut off, and is not trained on. `wave` orders the rows:
-    those that began while none of the rollout's decoded come after all before.
+    `limit` is the maximum number of tokens, including the prompt. `answered` is the number of tokens after the prompt,
+    up to the end of the last answered turn: later tokens were cut off, and are not trained on. `wave` orders the rows:
+    a row that starts while no row of the rollout decodes begins a new wave.
     """
 
     row: Row
@@ -32,7 +32,7 @@ class Strand:
 
     @property
     def length(self) -> int:
-        """The tokens of the prompt and of what was answered."""
+        """The number of tokens of the prompt and the answered turns."""
         return len(self.prompt_ids) + self.answered
 
     @property
@@ -41,7 +41,7 @@ class Strand:
         return not self.decoding and self.row.state == "waiting" and len(self.row.token_ids) == self.answered
 
     def begins(self, prompt_ids: Sequence[int]) -> bool:
-        """Whether a prompt is all of this and at least one token more."""
+        """Whether a prompt extends the whole row by at least one token."""
         at, length = len(self.prompt_ids), self.length
         return (
             self.answered > 0
@@ -51,13 +51,13 @@ class Strand:
         )
 
     def answer(self) -> None:
-        """The turn has been answered."""
+        """Record that the turn has been answered."""
         self.decoding = False
         self.answered, self.reason = len(self.row.token_ids), self.row.finish_reason
         self.text = self.row.stopping.text(self.row.token_ids)
 
     def trajectory(self, shared: int, reason: FinishReason, logprobs: bool) -> Trajectory:
-        """What was answered, after the first `shared` tokens of the prompt. The rest of the prompt is not trained."""
+        """Return the row after the first `shared` tokens of its prompt. The rest of the prompt is not trained on."""
         own, end, row = self.prompt_ids[shared:], self.answered, self.row
         columns = {BEHAVIOUR: row.logprobs} if logprobs else {}
         if logprobs and row.wants_sampler_logprobs:
@@ -72,17 +72,17 @@ class Strand:
 
 
 def in_order(strands: Iterable[Strand]) -> list[Strand]:
-    """Those of which something was answered, in an order that does not depend on which of several requests at once
+    """Return the strands with an answer, in an order that does not depend on which of several simultaneous requests
     came first."""
     return sorted((one for one in strands if one.answered), key=lambda one: (one.wave, one.prompt_ids))
 
 
 def gone_on_with(strands: Iterable[Strand], prompt_ids: Sequence[int]) -> Strand | None:
-    """The strand that a prompt goes on from: the longest, and of several the one that can be extended."""
+    """Return the longest strand that a prompt continues; of equally long strands, one that can be extended."""
     found = [strand for strand in strands if strand.begins(prompt_ids)]
     return max(found, key=lambda strand: (strand.length, strand.goes_on), default=None)
 
 
 def idle(strands: Sequence[Strand]) -> list[Strand]:
-    """Those to release when another begins: all that wait but the newest few."""
+    """Return the strands to release when a new row starts: all waiting strands except the newest."""
     return [strand for strand in strands if strand.goes_on][:-KEPT]

@@ -1,4 +1,4 @@
-"""What was said in a session, as one conversation."""
+"""Joins the requests and answers of a session into one conversation."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from grpo.serving.sessions import Answered, marks_of
 from grpo.types import Message
 
 Transcript = tuple[tuple[Message, ...], tuple[Message, ...]]
-"""The messages before the first answer, and all that came after them."""
+"""The messages before the first answer, and all messages after them."""
 
 
 def conversation_of(said: Sequence[Answered]) -> Transcript:
-    """The answers of a session in their order, each with what its request added.
+    """Return the answers of a session in their order, each after the new messages of its request.
 
-    A request that goes on from all before has added what is new at its end; any other, such as that of a second agent,
-    has added those of its messages that are not in the conversation yet.
+    If a request continues the whole conversation, its new messages are those at its end. In any other request, such as
+    one of a second agent, they are the messages that are not in the conversation yet.
     """
     if not said:
         return (), ()

@@ -1,1 +1,1 @@
-"""A run that goes wrong says so: rules over a short history of its metrics, each told once."""
+"""Alarms about a run that goes wrong: rules over a short history of its metrics, each reported once."""

@@ -1,4 +1,4 @@
-"""The alarm about a reward that rises while the evaluation falls: the model learns the reward, and not the task."""
+"""The alarm about a reward that rises while the evaluation falls: the model learns the reward instead of the task."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from grpo.evaluation.evaluator import hidden_by_failures, wilson_interval
 from grpo.types import EvalMetrics
 
 FEW = 20
-"""Prompts below which the bootstrap's interval is not believed: it has no width where all values are equal."""
+"""Minimum number of prompts for a bootstrap interval: with few prompts it may have width 0, if all values are equal."""
 STEPS = 10
-"""Steps whose mean reward is compared."""
+"""Number of steps whose mean reward is compared."""
 
 
 def interval_of(metrics: EvalMetrics, name: str) -> tuple[float, float] | None:
-    """A metric's 95 % interval, at least as wide as Wilson's where it is a fraction; None where it says too little."""
+    """A metric's 95 % interval, at least as wide as Wilson's for a fraction; None for a mean over too few prompts."""
     low, high = metrics.intervals[name]
     if name.startswith("rewards/"):
         return (low, high) if metrics.n >= FEW else None
@@ -28,7 +28,7 @@ def interval_of(metrics: EvalMetrics, name: str) -> tuple[float, float] | None:
 
 
 def after_evaluation(past: PastSteps, metrics: EvalMetrics, terms: AlarmTerms) -> PastSteps:
-    """The history with an evaluation, as far as it is the best so far."""
+    """The history, in which the evaluation replaces the best evaluation if it is better."""
     name = terms.metric
     if name is None or name not in metrics.values or (interval := interval_of(metrics, name)) is None:
         return past
@@ -40,7 +40,8 @@ def after_evaluation(past: PastSteps, metrics: EvalMetrics, terms: AlarmTerms) -
 
 
 def overfitting(past: PastSteps, metrics: EvalMetrics, terms: AlarmTerms) -> Sign | None:
-    """The evaluation is below its best by more than its intervals, and the training reward has risen since."""
+    """Raised if the evaluation is below the best one by more than the intervals, and the training reward has risen
+    since then."""
     most, name, best = terms.alarms.eval_drop, terms.metric, past.best
     if most is None or name is None or best is None or name not in metrics.values:
         return None
@@ -49,7 +50,7 @@ def overfitting(past: PastSteps, metrics: EvalMetrics, terms: AlarmTerms) -> Sig
     value = metrics.values[name] + hidden_by_failures(metrics, name)
     if best.value - value <= most * ((best.value - best.low) + (interval[1] - metrics.values[name])):
         return None
-    before = best.rewards or tuple(known(past.first, "reward"))  # the evaluation before the first step has none
+    before = best.rewards or tuple(known(past.first, "reward"))  # no rewards precede the evaluation at step 0
     now = past.last("reward", min(STEPS, metrics.step - best.step))
     if not (before and now) or fmean(now) - fmean(before) <= _noise(before) + _noise(now):
         return None

@@ -1,4 +1,4 @@
-"""Alarms about numbers that explode or collapse: KL, the gradient, entropy."""
+"""Alarms about metrics that explode or collapse: KL, gradient norm, entropy."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from grpo.alarms.terms import AlarmTerms, Sign
 from grpo.types import StepMetrics
 
 LATEST, BEFORE, ENOUGH = 3, 20, 8
-"""Steps whose median gradient is compared, with that of so many before, of which so many must be known."""
+"""The median gradient norm of the `LATEST` steps is compared with the median of up to `BEFORE` earlier steps, of which
+at least `ENOUGH` must have a norm."""
 STEPS = 10
-"""Steps over which entropy is averaged."""
+"""Number of steps over which entropy is averaged."""
 MOSTLY = 0.5
 
 
 def kl(_: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Sign | None:
-    """The policy is far from the reference."""
+    """Raised if the policy is far from the reference."""
     most, value = terms.alarms.kl, metrics.values.get("kl")
     if most is None or value is None or not value > most:
         return None
@@ -27,7 +28,7 @@ def kl(_: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Sign | None:
 
 
 def gradient(past: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Sign | None:
-    """The gradient is many times what it was, or not finite."""
+    """Raised if the gradient norm is many times its earlier median, or not finite."""
     most, skipped = terms.alarms.grad_norm, metrics.values.get("skipped_updates", 0.0)
     if most is None:
         return None
@@ -49,7 +50,7 @@ def gradient(past: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Sign |
 
 
 def entropy(past: PastSteps, _: StepMetrics, terms: AlarmTerms) -> Sign | None:
-    """The policy has become sure of answers that are not right, and tries nothing else."""
+    """Raised if entropy has collapsed while the prompts are not solved: the policy no longer explores."""
     least, at_first = terms.alarms.entropy, known(past.first, "entropy")
     lately = past.last("entropy", STEPS)
     if least is None or len(at_first) < FIRST or len(lately) < STEPS or len(past.recent) < FIRST + STEPS:

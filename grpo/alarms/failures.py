@@ -1,4 +1,4 @@
-"""Alarms about code of the run's own that fails: rewards, environments and tools."""
+"""Alarms about user code that fails: rewards, environments and tools."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from grpo.environments.failedcalls import first_failed
 from grpo.types import StepMetrics
 
 STEPS, FEW = 10, 5
-"""Steps over which the failures of rewards are averaged, and those of tools."""
+"""Number of steps over which failures of rewards are averaged, and failures of tools."""
 LONGEST = 300
-"""Characters of an error that are shown."""
+"""Maximum number of characters of an error in an alarm."""
 
 
 def failed_rewards(past: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Sign | None:
-    """A reward, or an environment, failed on too many completions lately."""
+    """Raised if a reward or an environment failed on too many recent completions."""
     most, recent = terms.alarms.failed_rewards, past.recent[-STEPS:]
     if most is None:
         return None
@@ -41,7 +41,7 @@ def failed_rewards(past: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> 
 
 
 def failed_calls(past: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Sign | None:
-    """Most calls of tools fail: in the first step, or in the mean of the last 5."""
+    """Raised if too many tool calls fail: in the current step, and averaged over the last `FEW` steps."""
     most, first = terms.alarms.failed_calls, first_failed(metrics.groups)
     if most is None or first is None:
         return None
@@ -57,7 +57,7 @@ def failed_calls(past: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Si
 
 
 def _kinds(kinds: dict[str, float]) -> str:
-    """Rates in words: `12% (timeout)`, `12% (8% error, 4% timeout)`."""
+    """Rates as text: `12% (timeout)`, `12% (8% error, 4% timeout)`."""
     some = {kind: rate for kind, rate in kinds.items() if rate > 0}
     if len(some) == 1:
         ((kind, rate),) = some.items()
@@ -66,7 +66,7 @@ def _kinds(kinds: dict[str, float]) -> str:
 
 
 def _first_error(metrics: StepMetrics, failing: dict[str, dict[str, float]]) -> str:
-    """The first error of this step, as the end of a sentence; empty if there is none."""
+    """The first error of this step, as the end of a sentence; empty if there is no error."""
     failures = (rollout.failures for group in metrics.sampled for rollout in group.rollouts)
     for failure in (failed[name] for failed in failures for name in failing if name in failed):
         return f"; the first error: {_shortened(failure.error.partition(chr(10))[0])}"

@@ -1,4 +1,4 @@
-"""Alarms about lengths: completions that are cut off, and a reward that goes with length alone."""
+"""Alarms about lengths: truncated completions, and a reward that follows only length."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from grpo.alarms.terms import AlarmTerms, Sign
 from grpo.types import StepMetrics
 
 FEW, STEPS = 5, 10
-"""Steps over which truncation is averaged, and of which length's correlation with reward is taken."""
+"""Number of steps over which truncation is averaged, and over which reward and length are correlated."""
 MOSTLY = 0.5
 
 
 def truncation(past: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Sign | None:
-    """Most completions end at the limit: in the first step, or in the mean of the last 5."""
+    """Raised if too many completions end at the length limit, averaged over the last `FEW` steps."""
     most, cut = terms.alarms.truncated, past.mean("completions/clipped_ratio", FEW)
     if most is None or cut is None or cut <= most:
         return None
@@ -29,9 +29,9 @@ def truncation(past: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Sign
 
 
 def length(past: PastSteps, _: StepMetrics, terms: AlarmTerms) -> Sign | None:
-    """Within prompts, the reward goes with a completion's length and with little else.
+    """Raised if, within prompts, the reward correlates strongly with a completion's length.
 
-    Where most prompts have equal rewards, the few that differ say too little.
+    Not raised if most prompts have equal rewards: the few other prompts are too little evidence.
     """
     least, steps = terms.alarms.length_correlation, past.recent[-STEPS:]
     if least is None or len(past.last(LENGTH_SUMS[0], STEPS)) < STEPS:

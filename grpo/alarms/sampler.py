@@ -1,4 +1,4 @@
-"""Alarms about a sampler and a trainer that are apart: their logprobs differ, or their ratios are uneven."""
+"""Alarms about a mismatch of sampler and trainer: their logprobs differ, or their importance ratios are uneven."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from grpo.training.gap import gap_of
 from grpo.types import StepMetrics
 
 STEPS = 5
-"""Steps over which the effective sample size is averaged."""
+"""Number of steps over which the effective sample size is averaged."""
 
 
 def sampler(_: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Sign | None:
-    """The sampler's logprobs are further from the trainer's than rounding explains."""
+    """Raised if the logprobs of sampler and trainer differ by more than rounding explains."""
     least, gap = terms.alarms.logp_difference, gap_of(metrics.values)
     if least is None or gap is None or terms.explained.times(gap) < least:
         return None
@@ -25,7 +25,7 @@ def sampler(_: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Sign | Non
 
 
 def ratios(past: PastSteps, _: StepMetrics, terms: AlarmTerms) -> Sign | None:
-    """The importance ratios of trainer and sampler are so uneven that few tokens count."""
+    """Raised if the importance ratios of trainer and sampler are so uneven that few tokens dominate."""
     least, sizes = terms.alarms.effective_sample_size, past.last(SAMPLE_SIZE, STEPS)
     if least is None or len(sizes) < STEPS or (size := sum(sizes) / len(sizes)) >= least:
         return None

@@ -1,4 +1,4 @@
-"""What alarms go by, beside the metrics: a run's thresholds and whatever else its recipe says."""
+"""The inputs of alarm rules besides the metrics: thresholds and other settings of the recipe."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ HELD = "keep the policy near its start with loss.beta: 0.01"
 
 @dataclass(frozen=True, slots=True)
 class AlarmTerms:
-    """The sections of a recipe that alarms go by, and what follows from the rest.
+    """The sections of a recipe that alarm rules use, and values derived from the other sections.
 
-    `weights` are those of the rewards by name, environments' own included, and `environments` the names of these.
-    `explained` is the gap between sampler and trainer that rounding explains. `metric` is what evaluations are
-    compared by, None without `eval`. `penalised`: whether a KL penalty holds the model to its start.
+    `weights` has the weight of each reward by name, environments' own rewards included; `environments` has the names of
+    the environments. `explained` is the gap between sampler and trainer that rounding explains. `metric` is the metric
+    that compares evaluations, None without `eval`. `penalised`: whether a KL penalty keeps the policy near its start.
     """
 
     alarms: AlarmsConfig
@@ -39,7 +39,7 @@ class AlarmTerms:
 
 
 class Sign(NamedTuple):
-    """What a rule found: what happened, without a full stop, and what to do, in whole sentences."""
+    """The result of a rule: what happened (no period at the end), and what to do (whole sentences)."""
 
     what: str
     advice: str

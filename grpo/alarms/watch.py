@@ -1,4 +1,4 @@
-"""Every rule once a step, and every kind of alarm once a run."""
+"""Applies every rule after each step or evaluation; each kind of alarm is raised once per run."""
 
 from __future__ import annotations
 
@@ -38,12 +38,13 @@ OF_EVALUATIONS: Mapping[str, Rule[EvalMetrics]] = {"overfitting": overfitting}
 
 
 def after_step(metrics: StepMetrics, past: PastSteps, terms: AlarmTerms | None) -> tuple[StepMetrics, PastSteps]:
-    """The step's record with its alarms, and the past with the step. Without terms (`alarms: off`) both stay."""
+    """The step's record with its alarms, and the history with the step. Without terms (`alarms: off`), both are
+    returned unchanged."""
     return (metrics, past) if terms is None else _told(metrics, past.after(metrics), OF_STEPS, terms)
 
 
 def after_measuring(metrics: EvalMetrics, past: PastSteps, terms: AlarmTerms | None) -> tuple[EvalMetrics, PastSteps]:
-    """The same for an evaluation."""
+    """The evaluation's record with its alarms, and the updated history; see `after_step`."""
     if terms is None:
         return metrics, past
     return _told(metrics, after_evaluation(past, metrics, terms), OF_EVALUATIONS, terms)

@@ -1,1 +1,1 @@
-"""The machine: which BLAS serves, which device there is, how much memory."""
+"""The machine: BLAS, device, memory, processes, and the Hub."""

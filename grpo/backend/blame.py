@@ -1,6 +1,6 @@
-"""Where an exception was raised, and whether by our own code.
+"""Where an exception was raised, and whether by grpo's code.
 
-A fast path that fails is reported with this reason, and the model is not blamed for an error of ours.
+grpo reports the real reason why a fast path failed, and does not blame the model for grpo's errors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def cause(error: BaseException) -> str:
-    """One line with the exception's type, the file and line that raised it, and its message."""
+    """One line with the exception's type, the file and line that raised it, and the exception's message."""
     raised = _raised_in(error)
     where = "" if raised is None else f" in {_short(Path(raised.filename))}:{raised.lineno}"
     return f"{type(error).__name__}{where}: {one_line(error)}"
@@ -23,7 +23,7 @@ def cause(error: BaseException) -> str:
 def is_ours(error: BaseException) -> bool:
     """Whether the innermost Python frame is in this package.
 
-    MLX's operations have no Python frames: an error in one of them counts for the code that called it.
+    MLX's operations have no Python frames: an error in an operation counts as raised by the calling code.
     """
     raised = _raised_in(error)
     return raised is not None and Path(raised.filename).is_relative_to(PACKAGE)
@@ -35,7 +35,7 @@ def _raised_in(error: BaseException) -> traceback.FrameSummary | None:
 
 
 def _short(file: Path) -> Path:
-    """A file's path from its package on, without the folders above."""
+    """A file's path without the folders above its package."""
     parts = file.parts
     for mark in ("site-packages", PACKAGE.parent.name):
         if mark in parts:

@@ -1,8 +1,8 @@
 """A fast BLAS for MLX on a Linux CPU.
 
-The CPU build of MLX brings the reference BLAS, some fifty times slower than a tuned one. A library with the
-same symbols that is already in the process when `mlx.core` loads takes its place, so MKL (or OpenBLAS, where
-there is no MKL) is opened here with `RTLD_GLOBAL`. This module imports nothing heavy: it runs on `import grpo`.
+The CPU build of MLX contains the reference BLAS, about fifty times slower than a tuned BLAS. A library with the same
+symbols that is loaded before `mlx.core` replaces it, so MKL (or OpenBLAS, if MKL is missing) is opened here with
+`RTLD_GLOBAL`. This module imports nothing heavy: it runs on `import grpo`.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ _loaded: list[ctypes.CDLL] = []
 
 
 def preload() -> None:
-    """Open the best BLAS there is, unless MLX needs none or `GRPO_BLAS=off`. Never raises."""
+    """Open the best available BLAS, unless MLX needs none or `GRPO_BLAS=off`. Never raises."""
     global _state
     _state = _preload()
 
 
 def describe() -> str:
-    """In one line, which BLAS serves MLX's matrix products on the CPU, and why."""
+    """One line that says which BLAS MLX uses for matrix products on the CPU, and why."""
     return _state
 
 
 def loaded() -> bool:
-    """Whether a BLAS was opened in the place of the one in MLX's wheel."""
+    """Whether a BLAS was opened that replaces the BLAS in MLX's wheel."""
     return bool(_loaded)
 
 
 def most_threads() -> int:
-    """How many threads MKL takes for a product at most; 1 without it."""
+    """The largest number of threads that MKL uses for a product; 1 without MKL."""
     return int(_loaded[0].MKL_Get_Max_Threads()) if _is_mkl() else 1
 
 
@@ -47,7 +47,7 @@ def _is_mkl() -> bool:
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Let MKL, if it is there, use this number of threads for each product inside the block."""
+    """Set MKL's number of threads per product inside the block. Does nothing without MKL."""
     if not _is_mkl():
         yield
         return
@@ -60,7 +60,7 @@ def threads(number: int) -> Iterator[None]:
 
 
 def one_thread(wanted: bool = True) -> AbstractContextManager[None]:
-    """One thread inside the block: faster where products are many and small."""
+    """Use one thread inside the block, which is faster for many small products."""
     return threads(1) if wanted else nullcontext()
 
 
@@ -73,15 +73,15 @@ def _preload() -> str:
         return "the one in MLX's wheel (GRPO_BLAS=off)"
     if "mlx.core" in sys.modules:
         return "the one in MLX's wheel: mlx was imported before grpo; import grpo first for a faster one"
-    # MKL's threads wait for work by spinning, for 200 ms unless told otherwise. On a machine with anything else to
-    # do that makes small products three times slower; 1 ms costs large ones nothing.
+    # MKL's threads wait for work by spinning, by default for 200 ms. On a machine with other work this makes small
+    # products three times slower; 1 ms costs large products nothing.
     os.environ.setdefault("KMP_BLOCKTIME", "1")
-    # The same sums whatever the alignment and the number of threads, so that a resumed run is the same to the bit.
+    # Sums that do not depend on alignment and number of threads, so that a resumed run is identical to the bit.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     for name, path in _candidates():
         try:
             library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-            library.cblas_sgemm  # noqa: B018  a library without it would not serve MLX
+            library.cblas_sgemm  # noqa: B018  MLX needs this symbol
         except (OSError, AttributeError):
             continue
         _loaded.append(library)
@@ -91,7 +91,7 @@ def _preload() -> str:
 
 def _candidates() -> Iterator[tuple[str, str]]:
     yield from (("MKL", path) for path in _mkl_paths())
-    # Looked for only where MKL does not serve: it runs `ldconfig` or a compiler, most of the time of `import grpo`.
+    # Only if MKL is missing: `find_library` runs `ldconfig` or a compiler, most of the time of `import grpo`.
     from ctypes.util import find_library
 
     if openblas := find_library("openblas"):
@@ -99,7 +99,7 @@ def _candidates() -> Iterator[tuple[str, str]]:
 
 
 def _mkl_paths() -> list[str]:
-    """MKL as its wheel has it."""
+    """The paths of MKL's library in its wheel."""
     record = _record("mkl")
     if record is None or not record.is_file():
         return []
@@ -119,9 +119,9 @@ def installed(distribution: str) -> bool:
 
 
 def _record(distribution: str) -> Path | None:
-    """The list of an installed wheel's files; None where there is no such wheel.
+    """The file that lists an installed wheel's files; None if the wheel is not installed.
 
-    To import `importlib.metadata` for it takes longer than all else of `import grpo`, which each worker waits for.
+    Importing `importlib.metadata` instead takes longer than the rest of `import grpo`, which every worker waits for.
     """
     start = f"{distribution.replace('-', '_')}-"
     for folder in sys.path:

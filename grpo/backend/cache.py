@@ -1,4 +1,4 @@
-"""The folder in the user's cache where this project keeps what it makes once."""
+"""The folder in the user's cache where grpo stores files that it creates only once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CUDA kernels of our own, compiled when they are first run."""
+"""grpo's CUDA kernels, compiled on first use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def available() -> bool:
 def kernel(
     name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str = ""
 ) -> Callable[..., Any]:
-    """The body of a kernel as a function; see `mx.fast.cuda_kernel` for its arguments."""
+    """A kernel as a function, from the source of its body. See `mx.fast.cuda_kernel` for the arguments."""
     made: Any = mx.fast.cuda_kernel(
         name=name, input_names=list(inputs), output_names=list(outputs), source=_shortened(source),
         header=_shortened(header),
@@ -29,24 +29,24 @@ def kernel(
 
 
 def _shortened(source: str) -> str:
-    """Source without comments and indentation: MLX reads all of it at every launch, to find the kernel."""
+    """Source without comments and indentation, because MLX reads all of it at every launch to find the kernel."""
     lines = (line.split("//")[0].strip() for line in source.splitlines())
     return "\n".join(line for line in lines if line)
 
 
 @cache
 def scalar(value: float) -> mx.array:
-    """A number as a kernel takes it: `[1]` fp32."""
+    """A number as a kernel's argument: `[1]` fp32."""
     return mx.array([value], mx.float32)
 
 
 def power_of_two(least: int) -> int:
-    """The smallest power of two that is at least this. A kernel is compiled for each size that is written into it."""
+    """The smallest power of two that is at least `least`. Rounding up saves compilations: one per constant size."""
     return 1 << max(0, least - 1).bit_length()
 
 
 def constant(name: str, value: float) -> str:
-    """A line of a kernel's source that gives a number its name."""
+    """A line of a kernel's source that defines a named constant."""
     return f"    constexpr float {name} = {float(value)!r}f;\n"
 
 
@@ -58,9 +58,9 @@ OVERWRITE = """
 
 
 def overwrite_rows(matrix: mx.array, first: int, rows: mx.array) -> mx.array:
-    """Write rows `[n, D]` into a matrix `[N, D]` of the same dtype from row `first` on, behind MLX's back.
+    """Write rows `[n, D]` in place into a matrix `[N, D]` of the same dtype, from row `first` on, unknown to MLX.
 
-    Returns an array to evaluate: the rows are written then. Nobody may read them meanwhile.
+    Returns an array: evaluating it writes the rows. Nothing may read them meanwhile.
     """
     done: mx.array
     (done,) = kernel("grpo_overwrite_rows", ("matrix", "rows", "first"), ("done",), OVERWRITE)(

@@ -1,4 +1,4 @@
-"""Facts about the device, and what follows from them. Imports MLX when called."""
+"""Facts about the device, and MLX settings that depend on them. Functions import MLX when they are called."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 BATCH_MEGABYTES = "100"
 KEPT = {-3: 32 * 2**20, -1: 512 * 2**20, -2: 16 * 2**20}
-"""glibc's settings and their bytes: `M_MMAP_THRESHOLD` (the most it takes), from where an array is no part of the heap;
-`M_TRIM_THRESHOLD`, how much may be free at the heap's end; `M_TOP_PAD`, by how much more the heap grows."""
+"""glibc's settings by number, in bytes: `M_MMAP_THRESHOLD` (its maximum), above which arrays are not part of the heap;
+`M_TRIM_THRESHOLD`, the bytes that may be free at the heap's end; `M_TOP_PAD`, by which the heap grows additionally."""
 OUT_OF_MEMORY = ("out of memory", "insufficient memory", "unable to allocate", "attempting to allocate", "[malloc")
-"""What CUDA, Metal and MLX's allocators say."""
+"""Parts of the error messages of CUDA's, Metal's and MLX's allocators."""
 GPU_MEMORY = ("max_recommended_working_set_size", "memory_size", "total_memory")
-"""The words of `mx.device_info` for a GPU's memory: Metal's for what a process may use and for all, and CUDA's."""
+"""Keys of `mx.device_info` for a GPU's memory: Metal's limit for a process, Metal's total, and CUDA's total."""
 MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def preset() -> None:
-    """Tell MLX, before it is imported, how much a batch of operations on CUDA may do, and where to keep its kernels.
+    """Set, before MLX is imported, the size of its batches of operations on CUDA and the folder for its kernels.
 
-    What a batch reads and writes is held until it has ended, and unless MLX is told otherwise that is gigabytes: this
-    takes a third of the memory for an update, and no more time. (Metal has a limit of its own, by machine.)
+    The arrays that a batch reads and writes stay in memory until it has finished, by default gigabytes. With smaller
+    batches an update takes a third of the memory, and no more time. (Metal has its own limit for each machine.)
     """
     if sys.platform == "linux":
         os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", BATCH_MEGABYTES)
@@ -48,10 +48,10 @@ def on_gpu() -> bool:
 
 
 def setup() -> None:
-    """Prepare MLX for this machine; to be called once, before the first model is made.
+    """Prepare MLX for this machine. Call it once, before the first model is created.
 
-    On a CPU `mx.compile` calls a C++ compiler at run time: seconds for each function, and an error where there
-    is none. Model code calls it too (mlx's own activations), so it is switched off there.
+    On a CPU, `mx.compile` runs a C++ compiler: seconds for each function, and an error without a compiler. Model code
+    calls it too (MLX's activations), so it is switched off on a CPU.
     """
     import mlx.core as mx
 
@@ -61,10 +61,10 @@ def setup() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Have the C library keep what MLX frees on a CPU, which has no cache of its own there, for the next arrays.
+    """Make the C library reuse memory that MLX frees on a CPU, where MLX has no cache.
 
-    Otherwise an array of some megabytes begins with pages that the system clears, one fault for each: operations on 30
-    MB took 44 ms in place of 6, and a fifth of an update went there. Only glibc has these settings.
+    Otherwise the system clears the pages of every new array of some megabytes, with one page fault each: operations on
+    30 MB took 44 ms instead of 6, a fifth of an update's time. Only glibc has these settings.
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         for parameter, size in KEPT.items():
@@ -72,11 +72,11 @@ def _keep_freed_memory() -> None:
 
 
 def compiled(function: Callable[..., Any], state: Any = None) -> Callable[..., Any]:
-    """`function` compiled where that pays, with `state` (a tree of arrays), if any, going in and out of it.
+    """`function`, compiled on a GPU, with `state` (a tree of arrays) as additional input and output.
 
-    What is not in `state` or an argument is baked into the trace: adapters are switched by swapping the arrays
-    in `state`, which a trace reads anew at each call. Each call leaves other Python objects in `state` for the same
-    arrays: see `same_objects`.
+    Arrays that are neither in `state` nor arguments become constants of the trace. Adapters are switched by swapping
+    the arrays in `state`, which are read again at each call. After each call, `state` contains other Python objects for
+    the same arrays: see `same_objects`.
     """
     import mlx.core as mx
 
@@ -85,9 +85,10 @@ def compiled(function: Callable[..., Any], state: Any = None) -> Callable[..., A
 
 @contextmanager
 def same_objects(module: nn.Module) -> Iterator[None]:
-    """Leave the module's arrays, as Python objects, as they were before the block, in which nothing may train.
+    """Restore the module's arrays, as Python objects, after the block, in which nothing may train.
 
-    Whoever knows weights by their objects, as decoders do, would take others for new weights, and join all layers anew.
+    Decoders recognize weights by object identity. Other objects would look like new weights, and the decoders would
+    join all layers again.
     """
     before = module.parameters()
     try:
@@ -97,10 +98,10 @@ def same_objects(module: nn.Module) -> Iterator[None]:
 
 
 def apart(*arrays: mx.array) -> Any:
-    """The arrays, broadcast against each other, so that a compiled function does not fuse what reads them with them.
+    """Broadcast arrays against each other, and keep a compiled function from fusing their readers with their sources.
 
-    For small arrays that are made once an update: MLX has a kernel for each operation, and a fused one would save
-    microseconds that a CUDA machine pays for with seconds, when it builds it.
+    For small arrays that are computed once per update: MLX already has a kernel for each operation. A fused kernel
+    would save microseconds, but CUDA takes seconds to build it.
     """
     import mlx.core as mx
 
@@ -123,49 +124,49 @@ def describe() -> str:
 
 
 def cpu_cores() -> int:
-    """Those that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def memory_bytes() -> int:
-    """Memory that MLX may use: the GPU's, or the machine's or as much of it as the container has.
+    """Bytes of memory that MLX may use: the GPU's, or the machine's, or the container's limit if that is less.
 
-    Of a Mac's memory Metal lets a process use two thirds or three quarters, unless its owner has allowed more (`sysctl
-    iogpu.wired_limit_mb`).
+    On a Mac, Metal lets a process use two thirds or three quarters of the memory, unless the owner has raised the limit
+    (`sysctl iogpu.wired_limit_mb`).
     """
     import mlx.core as mx
 
     info = mx.device_info() if on_gpu() else {}
-    size = next((info[word] for word in GPU_MEMORY if info.get(word)), None)
+    size = next((info[key] for key in GPU_MEMORY if info.get(key)), None)
     return int(size) if size else min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_limits()])
 
 
 def _limits() -> list[int]:
-    """Bytes that Linux's control groups, version 2 or 1, allow a container; who takes more is killed without a word."""
-    said = [path.read_text().strip() for path in map(Path, MEMORY_LIMITS) if path.is_file()]
-    return [int(text) for text in said if text.isdigit()]  # or "max"
+    """Bytes that Linux's control groups (version 2 or 1) allow a container. A process that exceeds them is killed."""
+    texts = [path.read_text().strip() for path in map(Path, MEMORY_LIMITS) if path.is_file()]
+    return [int(text) for text in texts if text.isdigit()]  # without a limit the text is "max"
 
 
 def limit_memory(limit: int | None) -> None:
-    """Limit the bytes of MLX's arrays, and of its cache of freed arrays. None restores the limits that MLX chose.
+    """Limit the bytes of MLX's arrays, and of its cache of freed arrays. None restores MLX's limits.
 
-    A GPU's allocator gives up cached memory where both together would be more. A CPU has no cache.
+    A GPU's allocator releases cached memory if both together would exceed the limit. On a CPU there is no cache.
     """
     import mlx.core as mx
 
     if limit is not None:
         _former.append((mx.set_memory_limit(limit), mx.set_cache_limit(limit)))
     elif _former:
-        memory, cache = _former[0]  # what MLX chose
+        memory, cache = _former[0]  # MLX's own limits
         mx.set_memory_limit(memory)
         mx.set_cache_limit(cache)
         _former.clear()
 
 
 _former: list[tuple[int, int]] = []
-"""MLX's limits, of memory and of its cache, before each that was set."""
+"""MLX's limits for memory and cache before each call that changed them."""
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether MLX raised this because the memory did not suffice. It has no class of its own for that."""
+    """Whether MLX raised this error because memory ran out. MLX has no exception class for it."""
     return any(words in str(error).lower() for words in OUT_OF_MEMORY)

@@ -1,4 +1,4 @@
-"""What the imports of other packages bring along."""
+"""Imports of other packages without unwanted dependencies, and errors for missing extras."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from grpo.errors import UserError
 
 @contextmanager
 def unseen(name: str) -> Iterator[None]:
-    """Let imports inside the block do without the optional package `name`, as if it were not installed.
+    """Hide the optional package `name` from imports inside the block, as if it were not installed.
 
-    A package that is already imported stays. After the block it can be imported as always.
+    A package that is already imported stays imported. After the block the package can be imported as usual.
     """
     if name in sys.modules:
         yield
         return
-    sys.modules[name] = None  # type: ignore[assignment]  # Python's own mark of what cannot be imported
+    sys.modules[name] = None  # type: ignore[assignment]  # Python's mark for a module that cannot be imported
     try:
         yield
     finally:
@@ -32,7 +32,7 @@ def unseen(name: str) -> Iterator[None]:
 @contextmanager
 def extra(name: str, what: str) -> Iterator[None]:
     """A block with imports that need the extra `name` of this package. Raises UserError, which says that `what` needs
-    it, where it is not installed."""
+    the extra, if it is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -42,10 +42,11 @@ def extra(name: str, what: str) -> Iterator[None]:
 
 
 def alone(name: str) -> ModuleType:
-    """The module `name`, without what the packages around it import when they are imported.
+    """Import the module `name` without running the `__init__` of its packages.
 
-    Afterward nothing of the outermost package is in `sys.modules`: it can be imported as always, and has a module of
-    its own for this one. Where it is there already, or the module cannot do without it, the import is a usual one.
+    Afterward nothing of the outermost package is in `sys.modules`: a later import of the package works as usual, and
+    creates a separate copy of this module. If the package is already imported, or the module needs it, this is an
+    ordinary import.
     """
     packages = [name[:end] for end, letter in enumerate(name) if letter == "."]
     outermost = packages[0]

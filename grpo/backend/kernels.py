@@ -1,7 +1,7 @@
-"""Where MLX keeps the kernels that it builds for an NVIDIA GPU.
+"""Sets the folder where MLX stores the kernels that it builds for an NVIDIA GPU.
 
-By default that is the folder for temporary files, which many machines clear when they start. Each kernel takes seconds
-to build, so here it is the user's cache folder.
+MLX's default is the folder for temporary files, which many machines clear at startup. Each kernel takes seconds to
+build, so grpo uses the user's cache folder.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ VARIABLE = "MLX_PTX_CACHE_DIR"
 WHEELS = ("mlx-cuda-13", "mlx-cuda-12")
 GPUS = Path("/proc/driver/nvidia/gpus")
 _locks: list[TextIO] = []
-"""Open for as long as this process runs."""
+"""Locked files, open as long as this process runs."""
 
 
 def keep() -> None:
-    """Set MLX's variable, unless it is set. Nothing happens without an NVIDIA GPU, or where the folder is read-only."""
+    """Set MLX's variable, unless it is set. Does nothing without an NVIDIA GPU, or if the folder cannot be written."""
     if VARIABLE in os.environ:
         return
     try:
@@ -31,15 +31,15 @@ def keep() -> None:
             folder = _unused(folder)
             _tidy(folder)
             os.environ[VARIABLE] = str(folder)
-    except (OSError, RuntimeError):  # the latter where a user has no home
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home folder
         return
 
 
 def _folder() -> Path | None:
-    """A folder for this MLX, this kind of GPU and this process of a run; None where MLX builds no such kernels.
+    """The folder for this version of MLX, this GPU model and this process of a run; None if MLX builds no such kernels.
 
-    Kernels run on the kind of GPU that they were built for, and a home may be shared by machines. MLX's kernels are
-    not written as a whole, so processes that start together must not share a folder.
+    Kernels run only on the GPU model that they were built for, and several machines may share a home folder. MLX does
+    not write kernels atomically, so processes that start together must not share a folder.
     """
     models = sorted(
         {line for path in GPUS.glob("*/information") for line in path.read_text().splitlines() if "Model" in line}
@@ -53,9 +53,9 @@ def _folder() -> Path | None:
 
 
 def _unused(folder: Path) -> Path:
-    """The folder, made and locked, or the first of `0-1`, `0-2`, and so on, that no running process has locked.
+    """Create and lock the folder, or the first of `0-1`, `0-2`, and so on, that no running process has locked.
 
-    Two runs on one machine may build the same kernel at once, and MLX fails on a kernel that is half written.
+    Two runs on one machine may build the same kernel simultaneously, and MLX fails on a half-written kernel.
     """
     for number in count():
         place = folder.with_name(f"{folder.name}-{number}") if number else folder
@@ -71,7 +71,7 @@ def _unused(folder: Path) -> Path:
             return place
         _locks.append(lock)
         return place
-    raise AssertionError("numbers do not end")
+    raise AssertionError("unreachable: count() is infinite")
 
 
 def _version(wheel: str) -> str | None:
@@ -84,9 +84,9 @@ def _version(wheel: str) -> str | None:
 
 
 def _tidy(folder: Path) -> None:
-    """Remove kernels that were not written to the end, when a process was killed or the disk was full.
+    """Remove incomplete kernels, which remain after a process was killed or the disk was full.
 
-    MLX would fail on each of them for ever. It writes a kernel's source last.
+    MLX would fail on them every time. It writes a kernel's source last.
     """
     for kernel in folder.rglob("*.ptx"):
         source = kernel.with_suffix(".cu")

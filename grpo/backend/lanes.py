@@ -1,10 +1,10 @@
-"""Lanes: streams of a CPU that compute side by side, each with its share of the cores.
+"""Lanes: CPU streams that compute in parallel, each with its share of the cores.
 
-On a CPU MLX uses several cores for large matrix products alone, and one core for everything else. So work that falls
-into independent parts goes through several streams at once. What comes out does not depend on how many there are, nor
-on which of them is faster: a part is computed by one lane, and results are handed back in the order of the parts.
+On a CPU, MLX uses several cores only for large matrix products, and one core for everything else. So independent parts
+of work run on several streams in parallel. Results depend neither on the number of lanes nor on their speed: one lane
+computes a part, and results are returned in the order of the parts.
 
-The caller's thread builds the graphs and a thread for each lane evaluates them, while Python builds the next.
+The caller's thread builds the graphs. One thread per lane evaluates them while Python builds the next graph.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _Made = TypeVar("_Made")
 
 
 def lanes_for(parts: int, ranks: Ranks | None = None) -> int:
-    """How many lanes pay for so many independent parts: one on a GPU, and on a CPU one for each core at most.
+    """The number of lanes for this many independent parts: one on a GPU; on a CPU at most one per core.
 
     Several processes on one machine share its cores evenly.
     """
@@ -34,17 +34,17 @@ def lanes_for(parts: int, ranks: Ranks | None = None) -> int:
 
 
 def own_cores(neighbours: int) -> int:
-    """This process's share of the cores, with so many processes on this machine (`Ranks.neighbours`)."""
+    """This process's share of the cores, with `neighbours` processes on this machine (`Ranks.neighbours`)."""
     return cpu_cores() // neighbours
 
 
 def side_by_side(
     build: Callable[[_Item], _Made], items: Sequence[_Item], number: int, state: Any = None
 ) -> Iterator[_Made]:
-    """Yield `build(item)`, an array or a tree of arrays, evaluated, for each item in order, by so many lanes.
+    """Yield `build(item)`, an evaluated array or tree of arrays, for each item in order, on `number` lanes.
 
-    With one lane each is evaluated before the next is built. `state` is a tree of arrays that several graphs read. It
-    is evaluated first, as items are, because two lanes must not compute the same array.
+    With one lane, each result is evaluated before the next is built. `state` is a tree of arrays that several graphs
+    read. It is evaluated first, like the items, because two lanes must not compute the same array.
     """
     if number == 1:
         for item in items:
@@ -77,7 +77,9 @@ def _in_lanes(build: Callable[[_Item], _Made], items: Sequence[_Item], number: i
         while under_way:
             yield oldest()
     finally:
-        wait([evaluated for evaluated, _, _ in under_way])  # after an error too: nothing goes on behind the caller
+        wait(
+            [evaluated for evaluated, _, _ in under_way]
+        )  # after an error too, so that nothing runs on after the return
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What a launcher made of this process, and how long it waits for its fellows."""
+"""Whether a launcher started this process as one of several, and how long the process waits for the others."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 from grpo.errors import UserError
 
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-"""Variables by which launchers say which process this is."""
+"""Environment variables that hold this process's number, set by launchers."""
 PATIENCE = 1800.0
-"""Seconds a process waits for the others before it ends the run, if nobody has said how many."""
+"""Seconds that a process waits for the others before it ends the run, unless the variable `CHOSEN` is set."""
 CHOSEN = "GRPO_RANK_TIMEOUT"
-"""The variable that says how many."""
+"""The environment variable that sets these seconds."""
 CLOCK = """
 import os, select, sys
 seconds, pid, line = sys.argv[1:]
@@ -25,35 +25,35 @@ if not select.select([0], [], [], float(seconds))[0]:
     print(line, file=sys.stderr, flush=True)
     os.kill(int(pid), 9)
 """
-"""A process that ends another after some time, unless that closes its end of a pipe before, or ends by itself."""
+"""Script of a process that kills another process after some time, unless that closes its end of a pipe or exits."""
 
 
 @contextmanager
 def in_time(seconds: float) -> Iterator[None]:
-    """End this process if a block takes longer: MLX waits for ever for a process that never starts, and lets no thread
-    of Python's have its turn meanwhile."""
+    """Kill this process if the block takes longer. MLX waits forever for a process that never starts, and meanwhile no
+    Python thread can run."""
     line = (
         f"grpo: process {os.environ.get('MLX_RANK', '')} waited {seconds:.0f} s for the others to start: one of them "
-        "has not, or cannot be reached. `grpo doctor --ranks --hostfile FILE` looks for what is wrong with the hosts."
+        "has not started, or cannot be reached. `grpo doctor --ranks --hostfile FILE` checks the hosts."
     )
     command = [sys.executable, "-S", "-c", CLOCK, str(seconds), str(os.getpid()), line]
-    with subprocess.Popen(command, stdin=subprocess.PIPE):  # its end closes the pipe
+    with subprocess.Popen(command, stdin=subprocess.PIPE):  # leaving the block closes the pipe
         yield
 
 
 def patience() -> float:
-    """Seconds to wait for others. Raises UserError for what is no number of seconds."""
-    said = os.environ.get(CHOSEN, str(PATIENCE))
+    """Seconds to wait for other processes. Raises UserError if the variable is not a number of seconds."""
+    value = os.environ.get(CHOSEN, str(PATIENCE))
     try:
-        seconds = float(said)
+        seconds = float(value)
     except ValueError:
         seconds = 0.0
     if not 0 < seconds <= threading.TIMEOUT_MAX:
-        raise UserError(f"{CHOSEN}: {said!r} is no number of seconds above 0")
+        raise UserError(f"{CHOSEN}: {value!r} is not a number of seconds above 0")
     return seconds
 
 
 def launched_alone() -> bool:
-    """Whether `mlx.launch` was asked for a single process: its list of hosts is then an empty file."""
+    """Whether `mlx.launch` started a single process: its list of hosts is then an empty file."""
     hosts = os.environ.get("MLX_HOSTFILE")
     return hosts is not None and os.path.isfile(hosts) and not Path(hosts).read_text().strip()

@@ -1,7 +1,7 @@
-"""TCP links between the processes of a run, in a ring: each process has one to the next and one to the one before.
+"""TCP links between the processes of a run, in a ring: each process has a link to the next and to the previous process.
 
-They go where MLX's own ring goes, so that a cable which MLX needs is a cable that they need. Nothing but small lines
-of JSON goes over them, and only after both sides have said the run's secret.
+The links use the addresses of MLX's ring, so they fail with the same cables. They carry only short lines of JSON, after
+both sides have exchanged the run's secret.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PATIENCE = 10.0
-"""Seconds in which the links must be made: all processes are there when they begin."""
+"""Seconds to establish the links. All processes are already running by then."""
 TRY = 2.0
-"""Seconds for one address to answer."""
+"""Seconds that one address has to answer."""
 LONGEST = 2**20
-"""Bytes of a line that are read or kept before the other side counts as gone."""
+"""Most bytes of an unfinished line, and of unsent data. With a longer line the other side counts as gone."""
 
 
 class Member(NamedTuple):
-    """A process of the run, as all others know it: `machine` is equal where its process ids mean the same processes."""
+    """A process of the run, as known to all others. Process ids are comparable only between members with the same
+    `machine`."""
 
     host: str
     pid: int
@@ -40,7 +41,7 @@ class Member(NamedTuple):
 
 @dataclass(slots=True)
 class Link:
-    """One end of a line to the process `peer`. `heard` is when the other side last said anything."""
+    """One end of a connection to the process `peer`. `heard` is the time of the last message from the other side."""
 
     peer: int
     sock: socket.socket
@@ -55,20 +56,20 @@ class Link:
 
     @property
     def local(self) -> bool:
-        """Whether the other side is on this machine."""
+        """Whether the other end is on this machine."""
         with suppress(OSError):
             return bool(self.sock.getpeername()[0] == self.sock.getsockname()[0])
         return False
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send a message, from any thread, without waiting: what does not go now goes with the next one."""
+        """Send a message, from any thread, without waiting. Unsent bytes go out with the next message."""
         with self._sends:
             self._out = (self._out + json.dumps(message).encode() + b"\n")[-LONGEST:]
-            with suppress(OSError):  # reading says what is wrong
+            with suppress(OSError):  # `read` reports the error
                 self._out = self._out[self.sock.send(self._out) :]
 
     def read(self) -> list[dict[str, Any]]:
-        """The messages that have come. Raises OSError where the other side has gone."""
+        """The received messages. Raises OSError if the other side is gone."""
         try:
             data = self.sock.recv(65536)
         except BlockingIOError:
@@ -85,7 +86,7 @@ class Link:
 
 
 class Door:
-    """Where this process can be reached by the one before it. `member` is what the others are to be told."""
+    """Listens for the connection from the previous process. `member` describes this process to the others."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
@@ -95,29 +96,29 @@ class Door:
         self.member = Member(host, os.getpid(), machine(), addresses(rank), port, secrets.token_hex(16))
 
     def links(self, members: Sequence[Member]) -> tuple[list[Link], str | None]:
-        """The links to the next process and from the one before; or none, and what went wrong."""
+        """The links to the next process and from the previous process; or no links, and the reason."""
         before, after = (self.rank - 1) % self.size, (self.rank + 1) % self.size
         secret, until = members[0].secret, time.monotonic() + PATIENCE
-        came: list[socket.socket] = []
-        thread = threading.Thread(target=lambda: came.extend(self._accepted(before, secret, until)), daemon=True)
+        incoming: list[socket.socket] = []
+        thread = threading.Thread(target=lambda: incoming.extend(self._accepted(before, secret, until)), daemon=True)
         thread.start()
-        went = self._reached(members[after], secret, until)
+        outgoing = self._reached(members[after], secret, until)
         thread.join()
         self._listener.close()
-        if came and went is not None:
-            for sock in (*came, went):
+        if incoming and outgoing is not None:
+            for sock in (*incoming, outgoing):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.setblocking(False)
-            return [Link(after, went), Link(before, came[0])], None
-        for sock in (*came, *([went] if went else [])):
+            return [Link(after, outgoing), Link(before, incoming[0])], None
+        for sock in (*incoming, *([outgoing] if outgoing else [])):
             sock.close()
-        if went is None:
+        if outgoing is None:
             tried = ", ".join(members[after].addresses)
-            return [], f"{members[after].host} does not answer at port {members[after].port} of {tried}"
-        return [], f"{members[before].host} did not come"
+            return [], f"{members[after].host} does not answer on port {members[after].port} of {tried}"
+        return [], f"{members[before].host} did not connect"
 
     def _accepted(self, rank: int, secret: str, until: float) -> list[socket.socket]:
-        """The connection of the process `rank`, as soon as it has said who it is; none if it does not come in time."""
+        """The connection from the process `rank`, once it has identified itself; empty if it does not come in time."""
         while (left := until - time.monotonic()) > 0:
             self._listener.settimeout(left)
             with suppress(OSError, ValueError), ExitStack() as stack:
@@ -130,7 +131,7 @@ class Door:
         return []
 
     def _reached(self, member: Member, secret: str, until: float) -> socket.socket | None:
-        """A connection to a process, at the first of its addresses that knows the run."""
+        """A connection to a process, at its first address that answers with the run's handshake."""
         while time.monotonic() < until:
             for address in member.addresses:
                 with suppress(OSError, ValueError), ExitStack() as stack:
@@ -144,23 +145,23 @@ class Door:
 
 
 def _line(sock: socket.socket) -> str:
-    """The first line that somebody says, of 100 bytes at most."""
-    said = b""
-    while not said.endswith(b"\n") and len(said) < 100 and (byte := sock.recv(1)):
-        said += byte
-    return said.decode().rstrip("\n")
+    """The first line from a socket, at most 100 bytes."""
+    line = b""
+    while not line.endswith(b"\n") and len(line) < 100 and (byte := sock.recv(1)):
+        line += byte
+    return line.decode().rstrip("\n")
 
 
 def machine() -> str:
-    """A name for the machine that no other has, nor a container on it with process ids of its own."""
+    """A unique name for the machine, or for the container if it has its own process ids."""
     parts = [socket.gethostname()]
-    with suppress(OSError):  # there is no /proc on a Mac, nor are there such containers
+    with suppress(OSError):  # macOS has neither /proc nor such containers
         parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
     return " ".join(parts)
 
 
 def ring_of(environment: Callable[[str], str | None] = os.environ.get) -> list[list[str]]:
-    """The addresses, as `HOST:PORT`, of each process of MLX's ring; none where MLX connects them otherwise."""
+    """The addresses, as `HOST:PORT`, of each process of MLX's ring; empty with another backend of MLX."""
     hosts = environment("MLX_HOSTFILE")
     try:
         return [list(map(str, node)) for node in json.loads(Path(hosts).read_text())] if hosts else []
@@ -169,7 +170,7 @@ def ring_of(environment: Callable[[str], str | None] = os.environ.get) -> list[l
 
 
 def addresses(rank: int) -> tuple[str, ...]:
-    """Where the process `rank`, which is this one, may be reached, the likeliest first."""
+    """The addresses at which this process, `rank`, may be reachable, the likeliest first."""
     ring, name = ring_of(), socket.gethostname()
     found = [address.rpartition(":")[0] for address in ring[rank]] if rank < len(ring) else []
     for variable in ("NCCL_HOST_IP", "MLX_JACCL_COORDINATOR"):
@@ -182,7 +183,7 @@ def addresses(rank: int) -> tuple[str, ...]:
 
 
 def _towards(server: str) -> list[str]:
-    """The address of this machine by which it would speak with another. (Nothing is sent.)"""
+    """This machine's address on the route to a server. Sends nothing."""
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((server, 9))
         return [str(probe.getsockname()[0])]
@@ -190,9 +191,9 @@ def _towards(server: str) -> list[str]:
 
 
 def cut_ring() -> None:
-    """Shut MLX's own connections of the ring: what waits for another process in MLX then raises at once.
+    """Shut down the connections of MLX's ring, so that waits inside MLX raise immediately.
 
-    MLX has no call for that, and would wait for ever for a process that is stopped or cut off.
+    MLX has no function for this, and would wait forever for a process that is stopped or disconnected.
     """
     ring = {address for node in ring_of() for address in node}
     for name in os.listdir("/dev/fd"):

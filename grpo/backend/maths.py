@@ -1,10 +1,10 @@
-"""Elementary functions where MLX's own are slow on one kind of machine.
+"""Elementary functions that replace MLX's where those are slow on one kind of machine.
 
-On a GPU the gradient of an indexing is a copy of the whole array and a scatter, whose kernel a CUDA machine takes
-seconds to build; a comparison with the index is a part of the kernel that it is added in.
+On a GPU, the gradient of indexing copies the whole array and scatters, with a kernel that takes seconds to build on
+CUDA. A comparison with the index is fused into the kernel that adds the gradient.
 
-On a CPU MLX's `exp` takes 10 ns an element and `power` 4. What is built on exp is therefore built on power there; the
-product with log2(e) costs |x| · 6e-8 of relative error.
+On a CPU, MLX's `exp` takes 10 ns per element and `power` 4 ns. So functions based on exp use power there; the product
+with log2(e) adds a relative error of |x| · 6e-8.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def exp(x: mx.array) -> mx.array:
 
 
 def exponents_unit() -> float:
-    """What to multiply numbers by before `exp_of`: beforehand, where there are fewer of them."""
+    """The factor for the exponents of `exp_of`. Multiply early, while there are fewer numbers."""
     return 1.0 if on_gpu() else LOG2_E
 
 
@@ -42,7 +42,7 @@ def silu(x: mx.array) -> mx.array:
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    """`silu(gate) * x`, elementwise. On a CPU with a gradient that needs no other exponential."""
+    """`silu(gate) * x`, elementwise. On a CPU, the gradient reuses the forward pass's exponential."""
     if on_gpu():
         return cast(mx.array, nn.silu(gate) * x)
 
@@ -67,7 +67,7 @@ def logsumexp(x: mx.array) -> mx.array:
 
 
 def logsumexp_and_softmax(x: mx.array) -> tuple[mx.array, mx.array]:
-    """log Σ exp over the last axis, and exp over that sum: on a CPU by one exponential of each element for both."""
+    """log Σ exp over the last axis, and the softmax. On a CPU both use one exponential per element."""
     if on_gpu():
         total = mx.logsumexp(x, axis=-1)
         return total, mx.exp(x - total[..., None])
@@ -76,10 +76,11 @@ def logsumexp_and_softmax(x: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def logsumexp_and_powers(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """log Σ exp over the last axis `[...]`, exp relative to the greatest `[..., V]`, and its sums by block `[..., B]`.
+    """log Σ exp over the last axis `[...]`, exp(x - max) `[..., V]`, and the sums of exp(x - max) by block `[..., B]`.
 
-    A CPU adds one number after another, and rounding grows with their count: of the sum of 151,936 exponentials it took
-    2e-4. So B equal blocks of V are summed, and then their sums: the error is below (B + V / B) · 6e-8 of the sum.
+    A CPU adds numbers one after another, and the rounding error grows with their number: a relative error of 2e-4 for
+    151,936 exponentials. So B equal blocks of V are summed first, and then their sums: the relative error is below
+    (B + V / B) · 6e-8.
     """
     *rows, size = x.shape
     blocks = equal_blocks(size)
@@ -91,19 +92,19 @@ def logsumexp_and_powers(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
 
 @cache
 def equal_blocks(size: int) -> int:
-    """The largest number of equal blocks that is not above the square root of `size`: 1 if `size` is prime."""
+    """The largest divisor of `size` that is not above its square root: 1 if `size` is prime."""
     return next(blocks for blocks in range(math.isqrt(size), 0, -1) if size % blocks == 0)
 
 
 def chosen(x: mx.array, index: mx.array) -> mx.array:
-    """Of each row the number at its index: `[..., V]` float32 and `[...]` integers in, `[...]` out."""
+    """Each row's number at its index: `[..., V]` float32 and `[...]` integers in, `[...]` out."""
     if not on_gpu() or x.size >= 2**31:
         return mx.take_along_axis(x, index[..., None], axis=-1)[..., 0]
 
     @mx.custom_function
     def picked(x: mx.array) -> mx.array:
         places = mx.arange(0, x.size, x.shape[-1]) + index.reshape(-1).astype(mx.int32)
-        numbers = x.reshape(-1).view(mx.int32)[places]  # by the kernel that indexes integers: there is one already
+        numbers = x.reshape(-1).view(mx.int32)[places]  # uses the existing kernel that indexes integers
         return numbers.view(x.dtype).reshape(index.shape)
 
     @picked.vjp
@@ -115,5 +116,5 @@ def chosen(x: mx.array, index: mx.array) -> mx.array:
 
 
 def largest_power_of_two(most: int) -> int:
-    """The largest power of two that is not above `most`, and at least 1."""
+    """The largest power of two that is at most `most`, but at least 1."""
     return 1 << max(0, most.bit_length() - 1)

@@ -1,8 +1,8 @@
-"""Arrays in the memory of the host, which a CUDA device writes and reads by itself in the midst of its work.
+"""Arrays in the host's memory that a CUDA device reads and writes directly while it computes.
 
-MLX has no such memory: what it computes on a CPU stream lies in managed memory, which the driver may keep on the device
-and which MLX counts as the device's. So the driver is asked for page-locked memory, and kernels of our own copy there
-and back, at the speed of the bus.
+MLX has no such memory: arrays of its CPU stream are in managed memory, which the driver may keep on the device and
+which MLX counts as the device's. So grpo requests page-locked memory from the driver, and its own kernels copy to and
+from it, at the speed of the bus.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from grpo.errors import UserError
 PIECE = 64 * 2**20
 """Bytes that are locked at a time."""
 MOST = 2**42
-"""Addresses that are set aside, in bytes: more than any machine has memory. They take none before they are locked."""
+"""Bytes of reserved addresses, more than any machine's memory. Reserved addresses take no memory until they are locked.
+"""
 NO_RESERVE = 0x4000
-"""Linux's flag for memory that is not counted before it is used; Python has no name for it before 3.13."""
+"""Linux's `MAP_NORESERVE`: memory counts only when it is used. Python has no name for it before 3.13."""
 ALIGNED = 256
 LEAST = 2**30
-"""Bytes of the machine's memory that are left to others: Linux ends a process that locks the last of them."""
+"""Bytes of the machine's memory that must stay free: Linux kills a process that locks the last of it."""
 SETTING = "optim.offload_activations"
 BLOCKS, THREADS = 64, 512
-"""Of a copy: enough to keep the bus busy, and few enough to leave the device to what is computed meanwhile."""
+"""Size of a copy kernel: enough to keep the bus busy, and few enough for other kernels to run meanwhile."""
 PORTABLE = 1
-"""The driver's flag for memory that is locked for all contexts of this process."""
+"""The driver's `CU_MEMHOSTREGISTER_PORTABLE`: memory is locked for all contexts of this process."""
 
 SAME_ADDRESSES = 91
-"""The driver's number for whether a device reads and writes locked memory by the host's addresses."""
+"""The driver's attribute for whether a device accesses locked memory by the host's addresses."""
 
 COPY = """
     size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x, step = (size_t)gridDim.x * blockDim.x;
@@ -49,7 +50,7 @@ LOAD = COPY.replace("FROM", "place[0]").replace("TO", "x")
 
 
 class Arena:
-    """A stretch of the host's memory that never moves and grows as it is asked for. `bytes` are locked so far."""
+    """A range of the host's memory that never moves and grows on demand. `bytes` is the locked size so far."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -58,21 +59,23 @@ class Arena:
         try:
             self._map = mmap.mmap(-1, MOST, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
         except OSError as error:
-            raise UserError(f"{SETTING}: the system sets no addresses aside: {error.strerror}. Leave it out") from None
-        self._map.madvise(mmap.MADV_DONTFORK)  # Linux would copy what is locked for each process that is started
+            raise UserError(
+                f"{SETTING}: the system cannot reserve addresses: {error.strerror}. Remove the setting"
+            ) from None
+        self._map.madvise(mmap.MADV_DONTFORK)  # otherwise Linux copies locked memory for each child process
         self._start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
     def begin(self) -> None:
-        """What was taken so far may be taken again. Nobody may still want to read it."""
+        """Reuse the arena from the beginning. Nothing may read earlier contents any more."""
         self._taken = 0
 
     @property
     def room(self) -> int:
-        """Bytes that may be taken as things are, whatever is locked already included."""
+        """Bytes that the arena can hold with the memory that is free now, locked bytes included."""
         return max(self.bytes, self.bytes + available() - LEAST)
 
     def take(self, size: int) -> int:
-        """The address of so many bytes. Raises UserError if the system does not give them."""
+        """The address of the next `size` bytes. Raises UserError if the system has too little memory."""
         address = self._start + self._taken
         self._taken += -(-size // ALIGNED) * ALIGNED
         while self.bytes < self._taken:
@@ -89,21 +92,21 @@ class Arena:
 
     def _full(self, why: str) -> UserError:
         return UserError(
-            f"{SETTING}: {self.bytes / 2**30:.1f} GB of the machine's memory hold layers' inputs, and there is no more "
-            f"for them ({why}). Leave it out, or take fewer tokens at once (optim.micro_batch_tokens)"
+            f"{SETTING}: {self.bytes / 2**30:.1f} GB of the machine's memory hold layers' inputs, and the machine has "
+            f"no more memory for them ({why}). Remove the setting, or lower optim.micro_batch_tokens"
         )
 
 
 @cache
 def arena() -> Arena:
-    """This process's."""
+    """The only arena of this process."""
     return Arena()
 
 
 def available(root: Path = Path("/")) -> int:
-    """Bytes of the machine's memory, or of as much of it as the container has, that nobody needs. On Linux."""
-    said = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
-    free = 1024 * int(said["MemAvailable"].split()[0])
+    """Free bytes of the machine's memory, or of the container's limit if that is less. Only on Linux."""
+    facts = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
+    free = 1024 * int(facts["MemAvailable"].split()[0])
     group = root / "sys/fs/cgroup"
     limit = (group / "memory.max").read_text().strip() if (group / "memory.max").is_file() else "max"
     if limit.isdigit():
@@ -113,20 +116,20 @@ def available(root: Path = Path("/")) -> int:
 
 
 def put(x: mx.array, address: int) -> mx.array:
-    """Write an array to an address of the arena. Returns an array `[1]` to evaluate: it is written then."""
+    """Write an array to an address of the arena. Returns an array `[1]`: evaluating it does the write."""
     done: mx.array
     (done,) = kernel("grpo_put_on_host", ("x", "place"), ("done",), STORE)(
-        inputs=[x, _place(x.nbytes, address)], output_shapes=[(1,)], output_dtypes=[mx.int32], **_all_at_it()
+        inputs=[x, _place(x.nbytes, address)], output_shapes=[(1,)], output_dtypes=[mx.int32], **_launch_size()
     )
     return done
 
 
 def get(done: mx.array, address: int, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    """The array that `put` wrote there, on the device again; `done` is what `put` returned."""
+    """Read the array that `put` wrote to an address back to the device. `done` is the result of `put`."""
     x: mx.array
     size = dtype.size * prod(shape)
     (x,) = kernel("grpo_get_from_host", ("done", "place"), ("x",), LOAD)(
-        inputs=[done, _place(size, address)], output_shapes=[shape], output_dtypes=[dtype], **_all_at_it()
+        inputs=[done, _place(size, address)], output_shapes=[shape], output_dtypes=[dtype], **_launch_size()
     )
     return x
 
@@ -135,12 +138,12 @@ def _place(size: int, address: int) -> mx.array:
     return mx.array([address, size], mx.uint64)
 
 
-def _all_at_it() -> dict[str, tuple[int, int, int]]:
+def _launch_size() -> dict[str, tuple[int, int, int]]:
     return {"grid": (BLOCKS * THREADS, 1, 1), "threadgroup": (THREADS, 1, 1)}
 
 
 def _driver() -> ctypes.CDLL:
-    """CUDA's driver, with MLX's context current on this thread. Raises UserError where there is none."""
+    """CUDA's driver, with MLX's context current on this thread. Raises UserError if the driver fails."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
@@ -155,13 +158,13 @@ def _driver() -> ctypes.CDLL:
         raise UserError(f"{SETTING}: CUDA's driver gives no context: {_name(library, code)}")
     if not same.value:
         raise UserError(
-            f"{SETTING}: this device does not reach the machine's memory by its own addresses. Leave it out"
+            f"{SETTING}: this device cannot access the machine's memory by its addresses. Remove the setting"
         )
     return library
 
 
 def _name(library: ctypes.CDLL, code: int) -> str:
-    """The driver's own name for an error."""
+    """The driver's name for an error code."""
     name = ctypes.c_char_p()
     library.cuGetErrorName(code, ctypes.byref(name))
     return name.value.decode() if name.value else f"error {code}"

@@ -1,4 +1,4 @@
-"""Random keys from the seed, the purpose and the step, so that a draw depends on nothing else."""
+"""Random keys derived from the seed, the purpose and the step, so that a draw depends on nothing else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def derive_seed(seed: int, purpose: str, *position: int) -> int:
 
 
 def derive_key(seed: int, purpose: str, *position: int) -> mx.array:
-    """The same as an MLX key (uint32 [2])."""
+    """`derive_seed` as an MLX key (uint32 [2])."""
     import mlx.core as mx
 
     return mx.random.key(derive_seed(seed, purpose, *position))

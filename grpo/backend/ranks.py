@@ -1,10 +1,10 @@
-"""Several processes that share one run: who does what, and how they exchange it.
+"""Several processes that share one run: how they divide the work, and how they exchange results.
 
-`mlx.launch -n 2 ... grpo train` starts them and MLX connects them (ring, NCCL, MPI). Every process holds the same
-policy and takes the same decisions from the same numbers; only sampling, scoring and gradients are divided.
+`mlx.launch -n 2 ... grpo train` starts the processes, and MLX connects them (ring, NCCL, MPI). Every process holds the
+same policy and makes the same decisions from the same numbers; only sampling, scoring and gradients are divided.
 
-Where a model is divided too (`model.shard`), several processes hold one model between them: a shard group. The work is
-then divided among the groups, and what a group's processes are told, they are told by its first.
+If the model is divided too (`model.shard`), several processes share one model: a shard group. The work is then divided
+among the groups. Within a group, the first process computes shared values and sends them to the others (`told`).
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ Item = TypeVar("Item")
 log = logging.getLogger(__name__)
 
 HEARD = 5.0
-"""Seconds in which it is known who was lost, where MLX has noticed that somebody was."""
+"""Seconds to wait for the name of a lost process after MLX has noticed a loss."""
 START = 300.0
-"""Seconds in which all processes must have started; `GRPO_RANK_TIMEOUT` can only shorten it."""
+"""Seconds in which all processes must have started. `GRPO_RANK_TIMEOUT` can only shorten it."""
 
 
 class Ranks:
-    """This process among `size`. Alone (rank 0 of 1), which is the default, every exchange is a no-op.
+    """This process among `size` processes. With one process (rank 0 of 1), the default, every exchange is a no-op.
 
-    `neighbours` of the processes are on this machine, itself included. Where each is one of a shard group (`divided`),
-    `shard` are the processes that hold a model together, and `everyone` all that there are.
+    `neighbours` is the number of processes on this machine, this one included. If the processes form shard groups
+    (`divided`), `shard` are the processes that share this process's model, and `everyone` are all processes.
     """
 
     neighbours = 1
     watch: Watch | None = None
     spread: Ranks | None = None
-    """Where these processes spread the weights over them (`model.shard: fsdp`): `divided`, whose `shard` does so, and
-    which are those that have the same parts in other such groups."""
+    """With `model.shard: fsdp`, the result of `divided`: its `shard` spreads the weights, and its own ranks are the
+    processes with the same parts in other groups. None otherwise."""
     watching: ClassVar[Watch | None] = None
-    """The only one of this machine's process, once it was launched as one of several."""
+    """The only watch of this process, if it was launched as one of several."""
     _connected: ClassVar[bool] = False
     _everyone: Ranks | None = None
     _shard: Ranks | None = None
@@ -68,14 +68,14 @@ class Ranks:
             self.neighbours = self.gather(name).count(name)
 
     def expect(self, seconds: float) -> None:
-        """Wait so much longer for the others, because what they do alone may take that. What GRPO_RANK_TIMEOUT says
-        holds nevertheless."""
+        """Wait `seconds` longer for the others, because they may need that time for work of their own. If
+        GRPO_RANK_TIMEOUT is set, it takes precedence."""
         if CHOSEN not in os.environ:
             self.patience = patience() + seconds
 
     @classmethod
     def launched(cls) -> Ranks:
-        """What a launcher made of this process. Raises UserError if it is to be one of several that cannot connect."""
+        """The processes that a launcher started, this one included. Raises UserError if they cannot connect."""
         import mlx.core as mx
 
         if not any(name in os.environ for name in LAUNCHED) or launched_alone():
@@ -85,12 +85,12 @@ class Ranks:
                 ranks = cls(mx.distributed.init(strict=True))
         except RuntimeError as error:
             raise UserError(f"launched as one of several processes, but they cannot be connected: {error}") from error
-        Ranks._connected = True  # from here on another may come as late as GRPO_RANK_TIMEOUT allows
+        Ranks._connected = True  # later exchanges are limited only by GRPO_RANK_TIMEOUT
         ranks.watch = Ranks.watching = Ranks.watching or ranks._linked()
         return ranks
 
     def _linked(self) -> Watch | None:
-        """Link the processes, so that each hears whether the others are alive. None where they cannot be linked."""
+        """Link the processes, so that each monitors the others. Returns None if they cannot be linked."""
         if self.size == 1:
             return None
         seconds, door = silence(), Door(self.rank, self.size)
@@ -102,9 +102,9 @@ class Ranks:
                 link.close()
             if self.first:
                 log.warning(
-                    "process %d of %d cannot be linked with the others: %s. So the loss of a process is noticed only "
-                    "where MLX notices it, or after %.0f s (GRPO_RANK_TIMEOUT). A firewall that lets MLX's ports alone "
-                    "pass does that.",
+                    "process %d of %d cannot be linked with the others: %s. So grpo notices the loss of a process only "
+                    "if MLX notices it, or after %.0f s (GRPO_RANK_TIMEOUT). A possible cause is a firewall that lets "
+                    "only MLX's ports pass.",
                     *(failed[0][0], self.size, failed[0][1], self.patience),
                 )
             return None
@@ -113,21 +113,21 @@ class Ranks:
         return watch
 
     def divided(self, size: int | None) -> Ranks:
-        """These processes in shard groups of `size` neighbours each (None: one group of them all).
+        """Form shard groups of `size` consecutive processes each (None: one group of all).
 
-        What comes back shares and merges among the groups; its `shard` is this process's group. Raises UserError where
-        they cannot be grouped so.
+        The result shares and merges work among the groups; its `shard` is this process's group. Raises UserError if
+        these groups are impossible.
         """
         if self.size == 1:
             raise UserError(
-                "model.shard divides a model among processes, and this is one process. Start several, as mlx.launch -n "
-                f"{size or 2} ... grpo train, or leave model.shard out"
+                "model.shard divides a model among processes, but this is a single process. Start several, with "
+                f"mlx.launch -n {size or 2} ... grpo train, or remove model.shard"
             )
         size = size or self.size
         if size > self.size or self.size % size:
             raise UserError(
-                f"model.shard_size: {size} processes are to hold a model together, and {self.size} processes make no "
-                f"whole number of such groups: start {size} or a multiple of it"
+                f"model.shard_size: groups of {size} processes share a model, but {self.size} processes cannot be "
+                f"divided into such groups: start {size} processes or a multiple of {size}"
             )
         if size == self.size:
             divided = Ranks(everyone=self)
@@ -138,8 +138,8 @@ class Ranks:
             groups = self.group.split(self.rank // size), self.group.split(self.rank % size)
         except RuntimeError as error:
             raise UserError(
-                f"model.shard_size: {size} of {self.size} processes: this backend of MLX cannot make groups of them "
-                f"({error}). Set model.shard_size to {self.size}, or start the processes by --backend mpi or jaccl"
+                f"model.shard_size: {size} of {self.size} processes: this MLX backend cannot form groups of processes "
+                f"({error}). Set model.shard_size to {self.size}, or start the processes with --backend mpi or jaccl"
             ) from error
         shard, divided = (Ranks(group, self) for group in groups)
         divided._shard = shard
@@ -147,30 +147,30 @@ class Ranks:
 
     @property
     def everyone(self) -> Ranks:
-        """All processes of the run: these, unless the model is divided."""
+        """All processes of the run. Without shard groups, these processes."""
         return self._everyone or self
 
     @property
     def shard(self) -> Ranks:
-        """The processes that hold a model together with this one: this one alone unless the model is divided."""
+        """The processes that share a model with this one. Without shard groups, only this process."""
         return self._shard or Ranks()
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and talks."""
+        """Whether this is rank 0 of the run, the process that writes files and logs."""
         return self.everyone.rank == 0
 
     @property
     def own(self) -> tuple[int, ...]:
-        """What sets this process's random draws apart from the others'; nothing if there are none."""
+        """The part of a random key that makes this process's draws differ from the others'; empty for one process."""
         return () if self.size == 1 else (self.rank,)
 
     def share(self, items: Sequence[Item]) -> list[Item]:
-        """This process's part of what all of them hold."""
+        """This process's part of a list that all processes hold."""
         return list(items[self.rank :: self.size])
 
     def merge(self, mine: Sequence[Item]) -> list[Item]:
-        """The parts that `share` made, after each process did its own, as one list in the former order."""
+        """The inverse of `share`: the processes' results for their parts as one list, in the original order."""
         if self.size == 1:
             return list(mine)
         parts: list[Sequence[Item]] = self.gather(mine)
@@ -178,7 +178,7 @@ class Ranks:
         return [parts[i % self.size][i // self.size] for i in range(total)]
 
     def gather(self, mine: Any) -> list[Any]:
-        """Something of every process's, in the order of ranks. It is pickled: only processes of one run exchange it."""
+        """A value from every process, in the order of ranks. Values are pickled, only between processes of one run."""
         if self.size == 1:
             return [mine]
         import mlx.core as mx
@@ -192,7 +192,7 @@ class Ranks:
         return [pickle.loads(np.array(rows[rank])[:size].tobytes()) for rank, size in enumerate(sizes)]
 
     def sum(self, tree: Any) -> Any:
-        """The sum over processes of each array in a tree, all in one exchange."""
+        """Each array of a tree summed over the processes, in a single exchange."""
         if self.size == 1:
             return tree
         import mlx.core as mx
@@ -208,7 +208,7 @@ class Ranks:
         return tree_unflatten(parts)
 
     def passed(self, size: int, sender: int, receiver: int) -> None:
-        """Pass so many bytes from one process to another. Only these two call it."""
+        """Send `size` bytes from one process to another. Only these two processes do anything."""
         import mlx.core as mx
 
         if self.rank == sender:
@@ -217,7 +217,7 @@ class Ranks:
             self._exchange(lambda: mx.distributed.recv((size,), mx.uint8, sender, group=self.group))
 
     def join(self, part: mx.array, axis: int) -> mx.array:
-        """The parts of an array that each process has, all of one shape, along `axis` in the order of ranks."""
+        """The processes' parts of an array, all of the same shape, concatenated along `axis` in the order of ranks."""
         if self.size == 1:
             return part
         import mlx.core as mx
@@ -228,28 +228,28 @@ class Ranks:
         return mx.concatenate(list(parts), axis=axis)
 
     def sum_counts(self, counts: Mapping[str, float]) -> dict[str, float]:
-        """The sums over processes of counts by name."""
+        """Counts by name, summed over the processes."""
         everyone = self.gather(dict(counts))
-        return {name: float(sum(theirs[name] for theirs in everyone)) for name in counts}
+        return {name: float(sum(each[name] for each in everyone)) for name in counts}
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process has called this."""
         self.everyone.gather(None)
 
     def finish(self) -> None:
-        """Until every process is here, to end: a launcher ends the others, in the middle of a write, if one is gone."""
+        """Wait for every process before exiting. A launcher ends all others when one exits, even during a write."""
         self.wait()
         if self.watch is not None:
             self.watch.done()
 
     @property
     def keeper(self) -> bool:
-        """Whether this process saves the run: the first, or where that was lost, the first that is left."""
+        """Whether this process saves the run: the first process, or if it was lost, the first of the others."""
         return self.first if self.watch is None else self.watch.heir
 
     @contextmanager
     def interrupts(self) -> Iterator[None]:
-        """A block of a step, which is left as soon as another process is lost. Raises LostRankError then."""
+        """A block of a step that is interrupted as soon as another process is lost. Raises LostRankError then."""
         if self.watch is None:
             yield
             return
@@ -258,20 +258,20 @@ class Ranks:
                 yield
         except Lost:
             raise self._lost("") from None
-        except RuntimeError as error:  # of an exchange that a layer of a model makes
+        except RuntimeError as error:  # raised by an exchange inside a layer of the model
             if "[ring]" not in str(error):
                 raise
             raise self._lost(str(error)) from None
 
     def hold(self) -> None:
-        """From here on the block of `interrupts` is to be finished, whoever is lost."""
+        """From now on the block of `interrupts` is not interrupted any more, whichever process is lost."""
         if self.watch is not None:
             self.watch.hold()
 
     def keeps(self, last_resort: Callable[[], None]) -> AbstractContextManager[None]:
-        """A block that sees to its own end where another process is lost.
+        """A block that ends by its own means if another process is lost.
 
-        `last_resort` is called, in another thread, where the block is stuck in a computation that cannot be left.
+        `last_resort` is called, in another thread, if the block is stuck in a computation that cannot be interrupted.
         """
         if self.watch is None:
             return nullcontext()
@@ -284,27 +284,27 @@ class Ranks:
             raise self._lost("")
 
     def _lost(self, error: str) -> LostRankError:
-        """What is raised where another process was lost, once it is known which."""
+        """The error for a lost process. Waits until the process's name is known, up to `HEARD` seconds."""
         if self.watch is not None and (loss := self.watch.verdict(HEARD)) is not None:
             return LostRankError(loss.text, self.watch.heir or self.watch.alone)
         alone = f"process {self.rank} of {self.size}"
         if self.watch is not None and "[ring]" not in error:
-            return LostRankError(f"{alone}: an exchange with the others failed, and all of them are there: {error}")
+            return LostRankError(f"{alone}: an exchange with the others failed, although all are running: {error}")
         return LostRankError(f"{alone}: another process was lost ({error})")
 
     def check_same(self, what: str, mine: Any) -> None:
-        """Raise UserError where another process holds something else: they would train past each other."""
+        """Raise UserError if another process has a different value, because the processes would then train apart."""
         everyone = self.everyone.gather(mine)
-        if other := [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]:
+        if other := [rank for rank, value in enumerate(everyone) if value != everyone[0]]:
             raise UserError(
-                f"{what}: process {other[0]} of {len(everyone)} has another than process 0. All of them must be given "
-                "the same files and arguments, and see the same output_dir (on several hosts: by a shared file system)"
+                f"{what}: process {other[0]} of {len(everyone)} differs from process 0. All processes need the same "
+                "files and arguments, and must see the same output_dir (on several hosts: a shared file system)"
             )
 
     def checked(self, check: Callable[[], Item]) -> Item:
-        """What `check` returns, once it has succeeded in every process. Its own errors are raised as they are.
+        """The result of `check`, after it has succeeded in every process. Its errors in this process are raised as is.
 
-        Raises RunError where it failed in another process alone: this one would wait for that for ever.
+        Raises RunError if `check` failed only in another process, for which this process would wait forever.
         """
         try:
             found = check()
@@ -317,8 +317,10 @@ class Ranks:
         return found
 
     def told(self, make: Callable[[], Item]) -> Item:
-        """What `make` returns in the first process of the shard group, which alone calls it. Its errors are raised in
-        all of them: where it was called as they are, elsewhere as RunError."""
+        """The result of `make`, which only the first process of the shard group calls, in all processes of the group.
+
+        Errors of `make` are raised in all of them: in the first process as they are, in the others as RunError.
+        """
         if self.shard.size == 1:
             return make()
         if self.shard.rank:
@@ -345,7 +347,7 @@ class Ranks:
             try:
                 result = start()
                 mx.eval(result)
-            except RuntimeError as error:  # MLX noticed before the clock did
+            except RuntimeError as error:  # MLX noticed the loss before the timer or the watch
                 if out_of_memory(error):
                     raise
                 raise self._lost(str(error)) from None
@@ -353,7 +355,7 @@ class Ranks:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """End this process if the others are not heard of in time: MLX itself would wait for ever."""
+        """End this process if the exchange takes longer than `patience`, because MLX would wait forever."""
         clock = threading.Timer(self.patience, self._give_up)
         clock.daemon = True
         clock.start()
@@ -368,7 +370,7 @@ class Ranks:
         missing = [] if watch is None else watch.missing()
         what = "one died or cannot be reached"
         if watch is not None and missing:
-            what = f"{', '.join(map(watch.name, missing))} is alive and did not come to what all do together"
+            what = f"{', '.join(map(watch.name, missing))} is alive, but has not reached this exchange"
         print(
             f"grpo: process {self.rank} of {self.size}: nothing from the others for {seconds}: {what}. The last "
             "checkpoint is intact. (GRPO_RANK_TIMEOUT sets how long to wait.)",

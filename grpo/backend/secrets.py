@@ -1,4 +1,4 @@
-"""Secrets of the environment, kept out of what is printed and stored: an error may quote anything."""
+"""Masks secrets of the environment in printed and stored text, because an error message may quote anything."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ SECRETS = (
     "*_PAT",
     "*CREDENTIAL*",
 )
-"""Names of variables whose values are secrets, in upper or lower case."""
+"""Patterns for names of variables whose values are secrets. Upper and lower case match alike."""
 ACCOUNTS = ("AWS_*", "AZURE_*")
-"""Names of variables of which some are."""
+"""Patterns for names of variables that may be secrets: hidden from other people's code, but not masked in texts."""
 SHORTEST = 8
-"""Characters of the shortest value that is looked for in texts: a shorter one may stand there for itself."""
+"""Characters of the shortest value to mask: a shorter value may occur in a text by coincidence."""
 
 
 def _repr_inside_both_quotes(text: str) -> str:
-    """`text` as `repr` writes it inside a text that holds both kinds of quotes: each ' has a backslash."""
+    """`text` as `repr` writes it inside a text with both kinds of quotes: each ' has a backslash."""
     return repr("\"'" + text)[4:-1]
 
 
@@ -45,23 +45,23 @@ ESCAPES: tuple[Callable[[str], str], ...] = (
     lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
     _repr_inside_both_quotes,
     _repr,
-    lambda text: quote(text, errors="surrogateescape"),  # a variable may hold bytes that are no text
+    lambda text: quote(text, errors="surrogateescape"),  # a variable may hold bytes that are not text
     lambda text: quote(text, safe="", errors="surrogateescape"),
     lambda text: quote_plus(text, errors="surrogateescape"),
 )
-"""What writes a text with other characters: JSON, `repr`, and the two ways of web addresses."""
+"""Functions that escape a text: as in JSON, in `repr`, and in URLs (in two ways)."""
 
 
 def is_secret(name: str) -> bool:
-    """Whether a variable of this name is taken for a secret, to be kept from other people's code."""
+    """Whether a variable with this name counts as a secret, and is hidden from other people's code."""
     return _matches(name, (*SECRETS, *ACCOUNTS))
 
 
 def secrets() -> list[tuple[str, str]]:
-    """Variables of the environment that hold secrets, and their values; the longest value first.
+    """Names and values of secret environment variables, the longest value first.
 
-    A path of this machine is no secret, though its variable is named like one (GOOGLE_APPLICATION_CREDENTIALS,
-    PASSWORD_STORE_DIR): it may stand in texts that have nothing to do with it.
+    An existing path is not a secret, even if its variable has a secret's name (GOOGLE_APPLICATION_CREDENTIALS,
+    PASSWORD_STORE_DIR), because unrelated texts may contain it.
     """
     return _held(tuple(os.environ.items()))
 
@@ -69,35 +69,35 @@ def secrets() -> list[tuple[str, str]]:
 @lru_cache(maxsize=1)
 def _held(environment: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
     held = [(name, value.strip()) for name, value in environment if _matches(name, SECRETS)]
-    long = (one for one in held if len(one[1]) >= SHORTEST and not _is_path(one[1]))
-    return sorted(long, key=lambda one: -len(one[1]))
+    long = (pair for pair in held if len(pair[1]) >= SHORTEST and not _is_path(pair[1]))
+    return sorted(long, key=lambda pair: -len(pair[1]))
 
 
 def _is_path(value: str) -> bool:
     try:
         return value.startswith("/") and os.path.exists(value)
-    except ValueError:  # of no system's
+    except ValueError:  # no system allows such a path
         return False
 
 
 @lru_cache(maxsize=1)
 def _written(held: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
-    """Each secret's name with each way in which a text may write its value; the longest first.
+    """Each secret's name with every escaped form of its value, the longest form first.
 
-    A value is escaped up to twice: an error's `repr` may itself stand in JSON.
+    A value may be escaped twice: JSON may contain an error's `repr`.
     """
     found: dict[str, str] = {}
     for name, value in held:
         once = {value, *(escape(value) for escape in ESCAPES)}
         twice = {escape(text) for escape in ESCAPES for text in once}
         found |= {text: name for text in sorted({*once, *twice}) if text not in found}
-    return sorted(((name, text) for text, name in found.items()), key=lambda one: -len(one[1]))
+    return sorted(((name, text) for text, name in found.items()), key=lambda pair: -len(pair[1]))
 
 
 def masked(text: str) -> str:
-    """`text` with `[NAME]` in the place of a secret variable's value, and addresses without their logins.
+    """`text` with `[NAME]` instead of a secret variable's value, and with logins removed from URLs.
 
-    A value is also found as JSON, `repr` or a web address writes it.
+    Values are also found in the form in which JSON, `repr` or a URL writes them.
     """
     for name, value in _written(tuple(secrets())):
         text = text.replace(value, f"[{name}]")
@@ -114,13 +114,13 @@ class _Formatter(logging.Formatter):
 
 
 def mask_logs() -> None:
-    """From now on, what this process logs where nobody set up logging is masked."""
+    """Mask the log messages of this process from now on, unless somebody has set up logging."""
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_Formatter())
 
 
 def masked_traceback(error: BaseException) -> str | None:
-    """An error's traceback, masked; None if it holds no secret and may be shown as Python shows it."""
+    """An error's traceback, masked; None if it contains no secret, so that Python can print it as usual."""
     trace = "".join(traceback.format_exception(error))
-    said = masked(trace)
-    return None if said == trace else said
+    shown = masked(trace)
+    return None if shown == trace else shown

@@ -1,7 +1,7 @@
-"""Tickets: the numbers of tasks, which the first process hands out while all processes sample.
+"""Tickets: task numbers that the first process hands out while all processes sample.
 
-Rollouts differ in length. A process that is done with its own takes the next ticket, in the place of waiting for the
-others. Tickets go over the links that `Watch` listens to, so no process has to stop decoding for them.
+Rollouts differ in length. A process that has finished its tasks takes the next ticket instead of waiting for others.
+Tickets are sent over the links that `Watch` listens to, so no process has to stop decoding for them.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ if TYPE_CHECKING:
 _Item = TypeVar("_Item")
 
 GLANCE = 0.5
-"""Seconds between two looks at whether another process was lost, while this one waits for a ticket."""
+"""Seconds between two checks for lost processes while this process waits for a ticket."""
 
 
 class TicketOffice:
-    """Where a process gets its tickets: from the first process, which is asked around the ring of links.
+    """Requests tickets from the first process, around the ring of links; the first process answers.
 
-    What a ticket is for has a name. All processes have been given their last answer before anybody asks for another.
+    Each deal's tickets have a name. All processes have received their last answer for a name before any process asks
+    for the next name.
     """
 
     def __init__(self, rank: int, size: int, links: Sequence[Link]) -> None:
         self.rank, self.size, self._links = rank, size, links
         self.opened = 0
-        """Deals that this process has taken part in, which makes names."""
+        """Number of deals that this process has taken part in. Names contain it."""
         self._answers: SimpleQueue[list[Any]] = SimpleQueue()
         self._name: list[int] | None = None
         self._given: dict[tuple[int, int], int | None] = {}
@@ -39,7 +40,7 @@ class TicketOffice:
         self._lock = threading.Lock()
 
     def ask(self, name: list[int], taker: int, number: int, first: int, total: int) -> None:
-        """Ask for ticket number `number` of a taker, out of those from `first` to `total`. Does not wait."""
+        """Request a taker's ticket number `number`, without waiting. Tickets are numbers from `first` up to `total`."""
         if self.rank == 0:
             self._answers.put([name, number, self._give(name, taker, number, first, total)])
         else:
@@ -47,20 +48,20 @@ class TicketOffice:
             self._links[backward].send({"ask": [self.rank, name, taker, number, first, total]})
 
     def answered(self, name: list[int], number: int, seconds: float) -> tuple[int | None] | None:
-        """The ticket that was asked for, or None in its place if none is left; nothing if no answer came in time.
+        """The answer to a request: `(ticket,)`, or `(None,)` if no ticket is left. None if no answer came in time.
 
-        Of an interrupted rollout an answer may still come, for which nobody waits any more.
+        Late answers to requests of an interrupted rollout are skipped.
         """
         try:
             while True:
-                its_name, its_number, ticket = self._answers.get(seconds > 0, seconds or None)
-                if (its_name, its_number) == (name, number):
+                answer_name, answer_number, ticket = self._answers.get(seconds > 0, seconds or None)
+                if (answer_name, answer_number) == (name, number):
                     return (ticket,)
         except Empty:
             return None
 
     def hear(self, link: Link, message: dict[str, Any]) -> None:
-        """Answer, pass on or keep what another process has sent; other messages are not for this place."""
+        """Answer, forward or keep a message about tickets. Ignores other messages."""
         if "ask" in message:
             if self.rank == 0:
                 rank, name, taker, number, *bounds = message["ask"]
@@ -75,11 +76,11 @@ class TicketOffice:
                 self._beyond(link).send(message)
 
     def _beyond(self, link: Link) -> Link:
-        """The other link of this process: messages go on in their direction."""
+        """The other link of this process, so that messages keep their direction around the ring."""
         return self._links[self._links[0] is link]
 
     def _give(self, name: list[int], taker: int, number: int, first: int, total: int) -> int | None:
-        """A taker's ticket. Those who hold a model together ask one after the other for the same, and get it."""
+        """A taker's ticket. Processes that share a model are one taker: each asks for the same ticket, and gets it."""
         with self._lock:
             if name != self._name:
                 self._name, self._given, self._next = name, {}, first
@@ -90,26 +91,27 @@ class TicketOffice:
 
 
 class Deal:
-    """Which of a step's tasks this process samples; each task is sampled by one process alone.
+    """Decides which of a step's tasks this process samples. Exactly one process samples each task.
 
-    A process begins with as much of its share (`Ranks.share`) as any process has room for at once, and takes the rest
-    by ticket. Where all have room for their shares there are no tickets, and nothing depends on the clock.
+    A process begins with as many tasks of its share (`Ranks.share`) as every process has room for, and takes further
+    tasks by ticket. If all processes have room for their whole shares there are no tickets, and nothing depends on
+    timing.
     """
 
     def __init__(
         self, begin: Sequence[int], ranks: Ranks | None = None, name: list[int] | None = None, total: int = 0
     ) -> None:
-        """This process begins with the tasks of these numbers. With a `name` there are tickets, up to `total`."""
+        """This process begins with the tasks `begin`. With a `name` there are tickets, up to `total`."""
         self.begin = list(begin)
         self.taken: list[int] = []
-        """The numbers of its tasks, in the order in which it took them."""
+        """The numbers of this process's tasks, in the order in which it took them."""
         self._ranks, self._name, self._total = ranks, name, total
         self._asked, self._tickets = False, 0
         self._left = name is not None
 
     @classmethod
     def of(cls, ranks: Ranks, total: int, room: int) -> Deal:
-        """Deal out `total` tasks. All processes call it; `room` is for how many tasks this one has slots."""
+        """Deal out `total` tasks. All processes must call this. This process has slots for `room` tasks."""
         share, office = ranks.share(range(total)), None if ranks.watch is None else ranks.watch.tickets
         if ranks.size == 1 or office is None:
             return cls(share, ranks)
@@ -122,12 +124,12 @@ class Deal:
 
     @property
     def goes_on(self) -> bool:
-        """Whether there may be another task for this process."""
+        """Whether this process may get another task."""
         return self._left or len(self.taken) < len(self.begin)
 
     def take(self, wait: bool) -> int | None:
-        """The number of this process's next task. None if no other is left; or if nobody has answered yet, unless this
-        is to `wait`. Raises LostRankError where another process was lost meanwhile.
+        """The number of this process's next task. None if no task is left, or if there is no answer yet and `wait` is
+        False. Raises LostRankError if another process was lost meanwhile.
         """
         if len(self.taken) < len(self.begin):
             number: int | None = self.begin[len(self.taken)]
@@ -138,7 +140,7 @@ class Deal:
         return number
 
     def merge(self, mine: Sequence[_Item]) -> list[_Item]:
-        """What each process has made of the tasks that it took, one item for each, in the order of all tasks."""
+        """All processes' results, one item per task, in the order of tasks. `mine` are this process's, as taken."""
         if self._ranks is None or self._ranks.size == 1:
             return list(mine)
         parts = self._ranks.gather(list(zip(self.taken, mine, strict=True)))
@@ -152,7 +154,7 @@ class Deal:
         if not self._asked:
             office.ask(self._name, ranks.rank, self._tickets, len(self.begin) * ranks.size, self._total)
             self._asked = True
-        # What hold a model together must go on alike.
+        # Processes that share a model must continue identically, so none of them may skip the wait.
         wait = wait or ranks.shard.size > 1
         while (answer := office.answered(self._name, self._tickets, GLANCE if wait else 0)) is None and wait:
             ranks.check_whole()

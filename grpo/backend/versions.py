@@ -1,6 +1,6 @@
-"""Versions of what numbers depend on, and which of them grpo was tested with.
+"""Versions of the packages that results depend on, and the versions that grpo was tested with.
 
-Works without MLX, so that `grpo doctor` can tell that it is not there.
+Works without MLX, so that `grpo doctor` can report a missing MLX.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PACKAGES = ("mlx", "mlx-lm", "mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13
 
 
 def versions() -> dict[str, str]:
-    """Versions of what measurements depend on, of the packages that are installed."""
+    """Installed versions of Python, grpo and the packages that measurements depend on."""
     found = {"python": platform.python_version(), "grpo": __version__}
     for name in PACKAGES:
         try:
@@ -28,9 +28,9 @@ def versions() -> dict[str, str]:
 
 
 def requirements() -> dict[str, str]:
-    """What grpo requires of each package, extras aside: `{"mlx-lm": "<0.33,>=0.32", "numpy": ""}`.
+    """grpo's version requirement of each package, without extras: `{"mlx-lm": "<0.33,>=0.32", "numpy": ""}`.
 
-    Empty where grpo runs from a folder and is not installed.
+    Empty if grpo runs from a folder and is not installed.
     """
     try:
         lines = importlib.metadata.requires("grpo-mlx") or []
@@ -41,21 +41,22 @@ def requirements() -> dict[str, str]:
 
 
 def untested(installed: Mapping[str, str], required: Mapping[str, str]) -> dict[str, str]:
-    """Packages that are newer than any that grpo was tested with, each with the first version beyond that."""
+    """Packages newer than any version that grpo was tested with, each with the first untested version."""
     limits = {name: re.search(r"<([\d.]+)", wanted) for name, wanted in required.items() if name in installed}
     return {name: limit[1] for name, limit in limits.items() if limit and numbers(installed[name]) >= numbers(limit[1])}
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version, to compare: `0.32.2.dev1+abc` is (0, 32, 2)."""
+    """The leading numbers of a version, for comparisons: `0.32.2.dev1+abc` is (0, 32, 2)."""
     match = re.match(r"[\d.]*", version)
     return tuple(int(part) for part in match.group().split(".") if part) if match else ()
 
 
 def changed(package: str, error: ImportError) -> UserError:
-    """What to tell a person whose version of `package` lacks something that grpo imports from it."""
+    """The error for a user whose version of `package` lacks a name that grpo imports."""
     found = versions().get(package, "")
     wanted = f"{package}{requirements().get(package, '')}"
     return UserError(
-        f"{package} {found} lacks something that grpo needs: {error}. A version that has it: pip install '{wanted}'"
+        f"{package} {found} lacks something that grpo needs: {error}. Install a supported version: "
+        f"pip install '{wanted}'"
     )

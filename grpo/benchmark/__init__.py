@@ -1,1 +1,1 @@
-"""The measuring protocols behind `grpo bench`."""
+"""The benchmarks of `grpo bench`, and their measurement protocol."""

@@ -1,4 +1,4 @@
-"""`grpo bench adapter`: loading an adapter, switching to another, merging one, and the first token after a switch."""
+"""`grpo bench adapter`: loading, switching and merging an adapter, and the first token after a switch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from grpo.model.drawn import RANK, trained_adapters
 
 
 def adapter_costs(setting: Setting) -> Iterator[Measurement]:
-    """The first token after a prompt, with the adapter as it was and just after a switch; then load and merge."""
+    """The time to the first token with the same adapter and right after a switch; then the times to load and merge."""
     yield from _switches(setting)
     yield from _loads(setting)
 
@@ -45,7 +45,7 @@ def _switches(setting: Setting) -> list[Measurement]:
 
 
 def _loads(setting: Setting) -> list[Measurement]:
-    """Giving a model the layers of a saved adapter and its arrays, and merging them into the weights."""
+    """The times to load a saved adapter into a model, and to merge it into the weights."""
     with TemporaryDirectory() as folder:
         trained_adapters(base_model(setting)).save(Path(folder))
 

@@ -1,4 +1,4 @@
-"""`grpo bench breakdown`: where the time of a decoding step goes, and of a whole GRPO step."""
+"""`grpo bench breakdown`: where the time of a decoding step and of a GRPO step goes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DECODING = {
     "evaluation": (_Step, "launch"),
     "waiting": (Run, "_read"),
 }
-"""The parts of a step by the methods that they are. Building the graph has that of sampling in it."""
+"""The method of each part of a step. Building the graph includes building the sampler's graph."""
 
 Method = tuple[type, str]
 
@@ -43,10 +43,10 @@ Method = tuple[type, str]
 def breakdown(setting: Setting) -> Iterator[Measurement]:
     """Milliseconds and shares of a decoding step, and of a GRPO step with its checkpoint and its logging.
 
-    Of a decoding step: building the forward pass's graph, building the sampler's, handing both over for evaluation, and
-    waiting for the token that was being computed meanwhile (with the bookkeeping of its rows).
+    Parts of a decoding step: building the forward pass's graph, building the sampler's graph, submitting both for
+    evaluation, and waiting for the token that is being computed in the meantime (with the bookkeeping of its rows).
     """
-    sides = [_grpo_step(setting), _decoding(setting)]  # what the first refuses is said before anything is measured
+    sides = [_grpo_step(setting), _decoding(setting)]  # errors of the GRPO step come before any measurement
     for side in reversed(sides):
         yield from alternate(f"{side.name}, {setting}", [side], setting.runs)
 
@@ -88,7 +88,7 @@ def _grpo_step(setting: Setting) -> Side:
 
 
 def _written(folder: Path, trainer: Any, metrics: StepMetrics) -> dict[str, float]:
-    """Seconds of what the loop around the steps writes: a checkpoint, the metrics' line and the completions."""
+    """Seconds for the writes of the loop around the steps: a checkpoint, the line of metrics, the completions."""
     context = Context(dump_recipe(trainer.cfg), {}, trainer.policy.adapters.config, {}, {})
     with ExitStack() as stack, (folder / "log").open("w") as log:
         tell = open_loggers(stack, trainer.cfg, folder, Console(file=log), "bench")
@@ -101,7 +101,8 @@ def _written(folder: Path, trainer: Any, metrics: StepMetrics) -> dict[str, floa
 
 
 def shares(total: float, parts: Mapping[str, float], times: int = 1) -> Values:
-    """Milliseconds a time of the whole and of its parts, what is left as `other`, and the parts' shares in percent."""
+    """Milliseconds of the whole and of its parts, each divided by `times`, the rest as `other`, and the parts' shares
+    in percent."""
     parts = {**parts, "other": total - sum(parts.values())}
     values = {"ms": 1e3 * total / times}
     for name, seconds in parts.items():
@@ -111,7 +112,7 @@ def shares(total: float, parts: Mapping[str, float], times: int = 1) -> Values:
 
 @contextmanager
 def watched(methods: Mapping[str, Method]) -> Iterator[Counter[str]]:
-    """Counts the seconds that are spent in each of these methods inside the block."""
+    """A block that counts the seconds spent in each of these methods."""
     spent: Counter[str] = Counter()
     with ExitStack() as stack:
         for name, (owner, attribute) in methods.items():

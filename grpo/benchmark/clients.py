@@ -1,8 +1,8 @@
-"""Clients of an endpoint, in a process without MLX. Run by `grpo.benchmark.serving`, not by hand.
+"""Clients of an endpoint, in a process without MLX. `grpo.benchmark.serving` starts it.
 
-For each line of input, a JSON array of request bodies, all bodies are sent at once, each over a connection of its own
-that was open before. The answer is a line of JSON: seconds until the last answer was there, tokens of all prompts, and
-tokens that were sampled.
+Each line of input is a JSON array of request bodies. The clients send all bodies simultaneously, each over its own
+connection, which is already open. The output is a line of JSON: seconds until the last response, number of prompt
+tokens, and number of sampled tokens.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from typing import Any
 
 PATH = "/v1/chat/completions"
 LONGEST = 2**26
-"""Bytes that an answer may have."""
+"""Maximum number of bytes of a response."""
 
 Connection = tuple[StreamReader, StreamWriter]
 
 
 class Clients:
-    """Connections to one server, which are kept as long as it keeps them."""
+    """Connections to one server, kept open as long as the server allows."""
 
     def __init__(self, host: str, port: int) -> None:
         self._host, self._port = host, port
         self._open: list[Connection] = []
 
     async def ask(self, bodies: Sequence[Any]) -> dict[str, float]:
-        """Send all bodies at once. Raises ValueError for an answer that is not one."""
+        """Send all bodies simultaneously. Raises ValueError for an error response."""
         requests = [self._request(body) for body in bodies]
         self._open = [(reader, writer) for reader, writer in self._open if not (reader.at_eof() or writer.is_closing())]
         while len(self._open) < len(bodies):
@@ -39,8 +39,8 @@ class Clients:
         found = await asyncio.gather(*map(self._answer, self._open[: len(bodies)], requests))
         seconds = time.perf_counter() - started
         usages = [_usage(answer) for answer in found]
-        asked, sampled = (sum(usage[name] for usage in usages) for name in ("prompt_tokens", "completion_tokens"))
-        return {"s": seconds, "prompt tokens": asked, "tokens": sampled}
+        prompts, sampled = (sum(usage[name] for usage in usages) for name in ("prompt_tokens", "completion_tokens"))
+        return {"s": seconds, "prompt tokens": prompts, "tokens": sampled}
 
     async def close(self) -> None:
         """Close all connections."""
@@ -57,7 +57,7 @@ class Clients:
         return head.encode() + encoded
 
     async def _answer(self, connection: Connection, request: bytes) -> bytes:
-        """The body of the answer."""
+        """The body of the response."""
         reader, writer = connection
         writer.write(request)
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
@@ -76,7 +76,7 @@ class Clients:
 
 
 def _usage(answer: bytes) -> Mapping[str, int]:
-    """The usage of an answer; of a stream, its last event has it."""
+    """The usage in a response; a stream has it in its last event."""
     if not answer.startswith(b"{"):
         answer = next(line for line in reversed(answer.split(b"data: ")) if b'"usage"' in line).split(b"\n")[0]
     usage: Mapping[str, int] = json.loads(answer)["usage"]
@@ -90,7 +90,7 @@ async def _run(clients: Clients) -> None:
 
 
 def main() -> None:
-    """One line of what was seen for each line of bodies."""
+    """Print one line of measurements for each line of bodies."""
     try:
         asyncio.run(_run(Clients(sys.argv[1], int(sys.argv[2]))))
     except (OSError, EOFError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""`grpo bench`: a command for each benchmark. What most of them can be told is written down once, in `OPTIONS`."""
+"""`grpo bench`: one command per benchmark. `OPTIONS` defines the options that most of them share."""
 
 import inspect
 import os
@@ -15,15 +15,18 @@ if TYPE_CHECKING:
 Measurements = Iterable["Measurement"]
 Measure = Callable[..., Measurements]
 
-app = typer.Typer(help="Measure this machine: sides take turns in one process, and ratios count.", no_args_is_help=True)
+app = typer.Typer(
+    help="Benchmark this machine. The compared sides take turns in one process, and the result is their ratio.",
+    no_args_is_help=True,
+)
 
 
 def _writable(path: Path | None) -> Path | None:
-    """Before minutes of measuring, not after them."""
+    """The path, if it can be written. Checked before the measurements, which take minutes."""
     if path is None:
         return None
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise typer.BadParameter(f"{path} cannot be written: there is no such folder, or it is one itself")
+        raise typer.BadParameter(f"{path} cannot be written: it is a folder, or its folder does not exist")
     if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
         raise typer.BadParameter(f"{path} cannot be written: permission denied")
     return path
@@ -31,44 +34,50 @@ def _writable(path: Path | None) -> Path | None:
 
 OPTIONS: dict[str, Any] = {
     "shape": Annotated[
-        str, typer.Option(help="Random weights: qwen3-tiny, -1m, -25m, -0.6b, -1.7b, -4b, -8b or -moe-2m.")
+        str,
+        typer.Option(
+            help="Model shape with random weights: qwen3-tiny, qwen3-1m, -25m, -0.6b, -1.7b, -4b, -8b or -moe-2m."
+        ),
     ],
     "model": Annotated[str | None, typer.Option(help="A real model instead: a Hub repository, folder or built-in.")],
-    "lora": Annotated[
-        bool, typer.Option(help="Sample with a LoRA of rank 16 on every linear layer; what trains has one.")
-    ],
-    "prompts": Annotated[int, typer.Option(min=1)],
-    "completions": Annotated[int, typer.Option(min=1, help="Of each prompt.")],
-    "prompt_length": Annotated[int, typer.Option(min=1, help="In tokens.")],
-    "completion_length": Annotated[int, typer.Option(min=1, help="In tokens.")],
+    "lora": Annotated[bool, typer.Option(help="Sample with LoRA, rank 16, on all linear layers. Training has it.")],
+    "prompts": Annotated[int, typer.Option(min=1, help="Number of prompts.")],
+    "completions": Annotated[int, typer.Option(min=1, help="Number of completions per prompt.")],
+    "prompt_length": Annotated[int, typer.Option(min=1, help="Length of each prompt in tokens.")],
+    "completion_length": Annotated[int, typer.Option(min=1, help="(Maximum) length of each completion in tokens.")],
     "lengths": Annotated[
         str,
         typer.Option(
-            help="How completions' lengths vary, up to --completion-length: fixed, exponential:MEAN, log-normal:MEAN."
+            help="Distribution of completion lengths, up to --completion-length: fixed, exponential:MEAN or "
+            "log-normal:MEAN."
         ),
     ],
-    "slots": Annotated[int | None, typer.Option(min=1, help="Rows decoded at once. Default: all of them.")],
+    "slots": Annotated[
+        int | None, typer.Option(min=1, help="Number of rows that decode simultaneously. Default: all rows.")
+    ],
     "peer_slots": Annotated[
-        int | None, typer.Option(min=1, help="Rows that mlx-lm decodes at once. Default: as many as slots.")
+        int | None,
+        typer.Option(min=1, help="Rows that mlx-lm decodes simultaneously. Default: the same as --slots."),
     ],
     "peer_prompts_once": Annotated[
         bool,
         typer.Option(
             "--peer-prompts-once",
-            help="Give mlx-lm the cache of each prompt, computed once and copied for its completions, which "
-            "`batch_generate` does not do by itself.",
+            help="Compute each prompt's cache once for mlx-lm, and copy it for the prompt's completions. "
+            "`batch_generate` does not do this itself.",
         ),
     ],
     "bits": Annotated[
-        int | None, typer.Option(min=2, max=8, help="Of a shape's quantized matrices. Default: not quantized.")
+        int | None,
+        typer.Option(min=2, max=8, help="Quantize the random weights to this many bits. Default: not quantized."),
     ],
     "limit": Annotated[
         float | None,
-        typer.Option(max=1e6, help="Plan for so many GB of memory (memory.limit_gb). Default: this machine's."),
+        typer.Option(max=1e6, help="GB of memory to plan for (memory.limit_gb). Default: this machine's memory."),
     ],
-    "runs": Annotated[int, typer.Option(min=1, help="Runs of each side, after one warm-up.")],
+    "runs": Annotated[int, typer.Option(min=1, help="Number of runs per side, after one warm-up run.")],
 }
-"""A `Setting`'s fields, as a command takes them that gives them a default."""
+"""The options for fields of `Setting`. A command has the options for which it gives a default."""
 COMMON = {"shape": "qwen3-1m", "model": None, "runs": 5}
 LOAD = {"prompts": 8, "completions": 8, "prompt_length": 128, "completion_length": 128}
 VARIED = {"lengths": "fixed", "slots": None, "peer_slots": None, "peer_prompts_once": False}
@@ -81,13 +90,15 @@ CheckOption = Annotated[
     typer.Option(
         "--check",
         metavar="FILE",
-        help="Bounds (scripts/benchmarks/bounds.toml): exit with 1, naming what fell short, if one does not hold.",
+        help="Compare the rows with the bounds in this file (scripts/benchmarks/bounds.toml). If a row falls short, "
+        "name it and exit with 1.",
     ),
 ]
 
 
 def command(**defaults: Any) -> Callable[[Measure], Measure]:
-    """Make a measuring function of a `Setting` a command that has these of its fields, and its own other options."""
+    """A decorator that makes a command of a function that measures a `Setting`. The command has options for the fields
+    of `Setting` in `defaults`, and for the function's other parameters."""
     defaults = {**COMMON, **defaults}
 
     def register(measure: Measure) -> Measure:
@@ -101,7 +112,7 @@ def command(**defaults: Any) -> Callable[[Measure], Measure]:
         own = [p.replace(kind=p.KEYWORD_ONLY) for p in list(inspect.signature(measure).parameters.values())[1:]]
         shared = [_parameter(name, OPTIONS[name], default) for name, default in defaults.items()]
         end = [_parameter("json", JsonOption, None), _parameter("check", CheckOption, None)]
-        vars(run)["__signature__"] = inspect.Signature([*shared, *own, *end])  # where typer looks
+        vars(run)["__signature__"] = inspect.Signature([*shared, *own, *end])  # typer reads it
         app.command(measure.__name__, help=measure.__doc__)(run)
         return measure
 
@@ -116,17 +127,17 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 def rollout(
     setting: "Setting",
     wheel_blas: Annotated[
-        bool, typer.Option("--wheel-blas", help="Leave mlx-lm the BLAS of MLX's wheel: it runs in its own process.")
+        bool, typer.Option("--wheel-blas", help="Run mlx-lm with the BLAS of MLX's wheel, in its own process.")
     ] = False,
-    alone: Annotated[bool, typer.Option("--alone", help="Leave mlx-lm out.")] = False,
+    alone: Annotated[bool, typer.Option("--alone", help="Do not measure mlx-lm.")] = False,
 ) -> Measurements:
-    """The generator against mlx-lm's `BatchGenerator`, or its `stream_generate` for one row: tok/s and peak memory."""
+    """Compare the generator with mlx-lm's `BatchGenerator` (`stream_generate` for one row): tok/s and peak memory."""
     from grpo.benchmark.peer import against_wheel
     from grpo.benchmark.rollout import against_mlx_lm, by_itself
     from grpo.errors import UserError
 
     if alone and (wheel_blas or setting.peer_slots or setting.peer_prompts_once):
-        raise UserError("--alone: options of mlx-lm's side mean nothing without it")
+        raise UserError("--alone: mlx-lm is not measured, so its options have no effect: remove them")
     if alone:
         return by_itself(setting)
     return (against_wheel if wheel_blas else against_mlx_lm)(setting)
@@ -135,30 +146,34 @@ def rollout(
 @command(prompts=2, completions=8, prompt_length=64, completion_length=64, bits=None, limit=None)
 def train(
     setting: "Setting",
-    update: Annotated[bool, typer.Option("--update", help="The update alone, in its variants.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Measure only the update, in several variants.")] = False,
     variants: Annotated[
-        str, typer.Option(help="With --update: these alone, separated by semicolons (plain; shared; shared, kept; …).")
+        str,
+        typer.Option(
+            help="With --update: only these variants, separated by semicolons (plain; shared; shared, kept; …)."
+        ),
     ] = "",
-    minutes: Annotated[float, typer.Option(help="With --update: warm up no further variant after this time.")] = 7.0,
+    minutes: Annotated[
+        float, typer.Option(help="With --update: skip variants that are not warmed up after this many minutes.")
+    ] = 7.0,
     peer_python: Annotated[
         Path | None,
-        typer.Option(
-            exists=True, dir_okay=False, help="Python of an environment with another toolkit: measure it too."
-        ),
+        typer.Option(exists=True, dir_okay=False, help="Measure another toolkit, too: the Python of its environment."),
     ] = None,
     peer: Annotated[
-        str | None, typer.Option(help="With --peer-python: which toolkit, unsloth or (the default) mlx-lm-lora.")
+        str | None, typer.Option(help="With --peer-python: the toolkit, mlx-lm-lora (the default) or unsloth.")
     ] = None,
     peer_options: Annotated[
-        str, typer.Option(help="With --peer-python: options of its script in scripts/benchmarks, in one string.")
+        str,
+        typer.Option(help="With --peer-python: options of the toolkit's script in scripts/benchmarks, as one string."),
     ] = "",
     blas: Annotated[
-        bool, typer.Option("--blas", help="With --peer-python: give the peer the BLAS that grpo loads (MKL).")
+        bool, typer.Option("--blas", help="With --peer-python: let the toolkit use the BLAS that grpo loads (MKL).")
     ] = False,
 ) -> Measurements:
-    """A whole GRPO step (rollout, reward, logprobs, update) beside another toolkit's, or the update in its variants.
+    """Measure a GRPO step (rollout, reward, logprobs, update), also of another toolkit, or variants of the update.
 
-    With --update the shared way's gradient is first held against the plain way's.
+    With --update, the gradient with shared prompts is first compared with the plain gradient.
     """
     from grpo.benchmark.peers import Toolkit
     from grpo.benchmark.train import compare_steps
@@ -166,19 +181,19 @@ def train(
     from grpo.errors import UserError
 
     if update and (peer_python or blas):
-        raise UserError("--peer-python and --blas are for whole steps: leave --update out")
-    if (variants and not update) or ((peer or blas or peer_options) and not peer_python):
-        raise UserError(
-            "--variants means nothing without --update, nor --peer, --blas and --peer-options without --peer-python"
-        )
+        raise UserError("--peer-python and --blas are for whole steps: remove --update")
+    if variants and not update:
+        raise UserError("--variants has no effect without --update")
+    if (peer or blas or peer_options) and not peer_python:
+        raise UserError("--peer, --blas and --peer-options have no effect without --peer-python")
     if setting.limit is not None and update:
-        raise UserError("--limit means nothing with --update, which plans nothing")
+        raise UserError("--limit has no effect with --update, which makes no plan: remove it")
     if setting.limit is not None and setting.limit <= 0:
         raise UserError(f"--limit: expected a number above 0, got {setting.limit:g}")
     if setting.bits == 7:
         raise UserError("--bits: MLX quantizes to 2, 3, 4, 5, 6 or 8 bits, not to 7")
     if setting.bits is not None and (setting.model or peer_python):
-        raise UserError("--bits is for a shape's random weights, and not beside another toolkit's")
+        raise UserError("--bits is only for random weights (--shape), without another toolkit: remove it")
     if update:
         return compare_updates(setting, variant_names(variants), 60 * minutes)
     toolkit = Toolkit(peer or "mlx-lm-lora", peer_python, blas, peer_options) if peer_python else None
@@ -191,26 +206,27 @@ def speculate(
     accepted: Annotated[
         str | None,
         typer.Option(
-            help="Drafts that are accepted at every step, of random weights: a side for each number. Default: 1,2,3,4."
+            help="With random weights: numbers of drafts accepted at every step, one side per number. Default: 1,2,3,4."
         ),
     ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE|NAME", help="Instead: the steps of this recipe (a file, or a bundled one), over epochs."
+            metavar="FILE|NAME", help="Measure the steps of this recipe (a file or a bundled recipe) over epochs."
         ),
     ] = None,
     pool: Annotated[
-        int | None, typer.Option(min=1, help="With --recipe: its first prompts, which make an epoch. Default: 16.")
+        int | None,
+        typer.Option(min=1, help="With --recipe: number of its first prompts that form an epoch. Default: 16."),
     ] = None,
     ways: Annotated[
         str | None,
         typer.Option(
-            help="With --recipe: values of rollout.speculate to hold against off, as in auto,3. Default: auto."
+            help="With --recipe: values of rollout.speculate to compare with off, such as auto,3. Default: auto."
         ),
     ] = None,
 ) -> Measurements:
-    """What speculation adds: by the drafts that are accepted, or over a recipe's epochs. Tokens are compared."""
+    """Measure the gain of speculation, by number of accepted drafts or over a recipe's epochs, and check the tokens."""
     from grpo.benchmark.epochs import epochs_of, ways_of
     from grpo.benchmark.speculation import counts, speculation_gains
     from grpo.errors import UserError
@@ -218,25 +234,28 @@ def speculate(
 
     if recipe is None:
         if pool is not None or ways is not None:
-            raise UserError("--pool and --ways mean nothing without --recipe")
+            raise UserError("--pool and --ways have no effect without --recipe")
         return speculation_gains(setting, counts("1,2,3,4" if accepted is None else accepted))
     if accepted is not None:
-        raise UserError("--accepted means nothing with --recipe: there drafts are accepted as they are right")
+        raise UserError("--accepted has no effect with --recipe, where the model decides which drafts are accepted")
     usual: dict[str, Any] = {**COMMON, **LOAD, "runs": setting.runs}
     if setting != type(setting)(**usual):
-        raise UserError("--recipe says which model, prompts and lengths: of the options for these, only --runs counts")
+        raise UserError("--recipe sets the model, the prompts and the lengths: remove the options for these")
     return epochs_of(find_recipe(recipe), pool or 16, ways_of("auto" if ways is None else ways), setting.runs)
 
 
 @command(prompts=4, completions=8, prompt_length=128, completion_length=128, runs=2)
 def overlap(
     setting: "Setting",
-    seconds: Annotated[float, typer.Option(min=0, help="Seconds that the reward takes for a group.")] = 1.0,
+    seconds: Annotated[float, typer.Option(min=0, help="Seconds that the reward takes per group.")] = 1.0,
     slots: Annotated[
-        int | None, typer.Option(min=1, help="Rows decoded at once. Default: one group's, one group after the other.")
+        int | None,
+        typer.Option(
+            min=1, help="Number of rows that decode simultaneously. Default: the rows of one group, group after group."
+        ),
     ] = None,
 ) -> Measurements:
-    """A step with a slow reward: its groups scored while others decode, and after all of them."""
+    """Measure a step with a slow reward: groups scored while other groups decode, and scored after decoding."""
     from grpo.benchmark.overlap import overlap_costs
 
     return overlap_costs(setting, seconds, slots)
@@ -245,11 +264,14 @@ def overlap(
 @command(prompts=8, completions=8, prompt_length=128, completion_length=16, lora=True, runs=1)
 def waiting(
     setting: "Setting",
-    seconds: Annotated[float, typer.Option(min=0, help="The longest that an answer takes.")] = 1.0,
-    power: Annotated[float, typer.Option(min=0, help="Of a uniform number: above 1 most answers are quick.")] = 1.0,
-    turns: Annotated[int, typer.Option(min=1, help="Of the model, each followed by an answer.")] = 4,
+    seconds: Annotated[float, typer.Option(min=0, help="Maximum seconds of an environment's answer.")] = 1.0,
+    power: Annotated[
+        float,
+        typer.Option(min=0, help="An answer takes SECONDS × u ** POWER, u uniform: above 1, most answers are fast."),
+    ] = 1.0,
+    turns: Annotated[int, typer.Option(min=1, help="Number of the model's turns, each followed by an answer.")] = 4,
 ) -> Measurements:
-    """Conversations whose environments take their time, with and without a barrier after each turn: seconds."""
+    """Measure conversations with slow environments, with and without a barrier after each turn: seconds."""
     from grpo.benchmark.waiting import Sleeps, waiting_costs
 
     return waiting_costs(setting, turns, Sleeps(seconds, power))
@@ -258,10 +280,10 @@ def waiting(
 @command(prompt_length=128, completion_length=128, runs=3)
 def serve(
     setting: "Setting",
-    clients: Annotated[str, typer.Option(help="How many ask at once: a case for each number.")] = "1,8,64",
-    alone: Annotated[bool, typer.Option("--alone", help="Leave mlx-lm's server out.")] = False,
+    clients: Annotated[str, typer.Option(help="Numbers of simultaneous clients, one case per number.")] = "1,8,64",
+    alone: Annotated[bool, typer.Option("--alone", help="Do not measure mlx-lm's server.")] = False,
 ) -> Measurements:
-    """What clients get from `grpo serve`, whole and streamed, beside the generator alone and mlx_lm.server: tok/s."""
+    """Measure `grpo serve` (whole and streamed), the generator without a server, and mlx_lm.server: tok/s."""
     from grpo.benchmark.serving import numbers_of, serving_costs
 
     return serving_costs(setting, numbers_of(clients), peer=not alone)
@@ -269,7 +291,7 @@ def serve(
 
 @command(**LOAD, lora=True)
 def sampling(setting: "Setting") -> Measurements:
-    """What each sampling filter costs: tok/s of the generator, held against sampling at temperature 1."""
+    """Measure the cost of each sampling filter: tok/s, compared with sampling at temperature 1."""
     from grpo.benchmark.sampling import sampling_costs
 
     return sampling_costs(setting)
@@ -277,7 +299,7 @@ def sampling(setting: "Setting") -> Measurements:
 
 @command(**LOAD, lora=True)
 def logprobs(setting: "Setting") -> Measurements:
-    """What it costs that a completion has its logprobs: tok/s with and without."""
+    """Measure the cost of a completion's logprobs: tok/s with and without them."""
     from grpo.benchmark.sampling import logprob_costs
 
     return logprob_costs(setting)
@@ -287,21 +309,21 @@ def logprobs(setting: "Setting") -> Measurements:
 def head(
     setting: "Setting",
     dtype: Annotated[
-        str, typer.Option(help="Of a model with random weights: auto (bfloat16 on a GPU), bfloat16 or float16.")
+        str, typer.Option(help="Data type of random weights: auto (bfloat16 on a GPU), bfloat16 or float16.")
     ] = "auto",
 ) -> Measurements:
-    """What float32 logits of a 16-bit model (model.head_dtype) cost: tok/s, an update's seconds, peak memory."""
+    """Measure the cost of a 16-bit model's float32 logits (model.head_dtype): tok/s, seconds of an update, memory."""
     from grpo.benchmark.heads import head_costs
     from grpo.errors import UserError
 
     if dtype not in ("auto", "bfloat16", "float16"):
-        raise UserError(f"--dtype {dtype}: auto, bfloat16 or float16")
+        raise UserError(f"--dtype {dtype}: expected auto, bfloat16 or float16")
     return head_costs(setting, dtype)
 
 
 @command(prompts=8, completions=8, prompt_length=128, lora=True)
 def length(setting: "Setting") -> Measurements:
-    """Whether a decoding step takes as long in a long completion as in a short one: ms by length."""
+    """Measure whether decoding steps are slower in longer completions: ms per step by length."""
     from grpo.benchmark.lengths import length_costs
 
     return length_costs(setting)
@@ -309,7 +331,7 @@ def length(setting: "Setting") -> Measurements:
 
 @command(lora=True, runs=20)
 def context(setting: "Setting") -> Measurements:
-    """Whether a forward pass or a decoding step suddenly costs more at some length: ms by length, and the growth."""
+    """Find lengths at which a forward pass or a decoding step suddenly costs more: ms by length, and the growth."""
     from grpo.benchmark.lengths import context_costs
 
     return context_costs(setting)
@@ -317,7 +339,7 @@ def context(setting: "Setting") -> Measurements:
 
 @command(**LOAD)
 def ops(setting: "Setting") -> Measurements:
-    """SwiGLU, norm, attention, products and experts at the model's shapes: ms to build the graph, and to run it."""
+    """Measure SwiGLU, norm, attention, matmuls and experts at the model's shapes: ms to build and to run the graph."""
     from grpo.benchmark.ops import operation_costs
 
     return operation_costs(setting)
@@ -325,7 +347,7 @@ def ops(setting: "Setting") -> Measurements:
 
 @command(**LOAD, lora=True)
 def breakdown(setting: "Setting") -> Measurements:
-    """Where the time goes: shares of a decoding step, and of a GRPO step with its checkpoint and its logging."""
+    """Show where the time goes: shares of a decoding step, and of a GRPO step with checkpoint and logging."""
     from grpo.benchmark.breakdown import breakdown
 
     return breakdown(setting)
@@ -333,7 +355,7 @@ def breakdown(setting: "Setting") -> Measurements:
 
 @command(prompt_length=16, lora=True, runs=10)
 def streaming(setting: "Setting") -> Measurements:
-    """What it costs to see tokens as they come: streamed, under asyncio, and with callbacks that do something."""
+    """Measure the cost of streaming tokens: plain, under asyncio, and with callbacks that do work."""
     from grpo.benchmark.streaming import streaming_costs
 
     return streaming_costs(setting)
@@ -341,7 +363,7 @@ def streaming(setting: "Setting") -> Measurements:
 
 @command(prompt_length=16, runs=20)
 def adapter(setting: "Setting") -> Measurements:
-    """Loading, switching and merging an adapter, and whether the first token after a switch is slower: ms."""
+    """Measure loading, switching and merging an adapter, and the first token after a switch: ms."""
     from grpo.benchmark.adapters import adapter_costs
 
     return adapter_costs(setting)
@@ -349,7 +371,7 @@ def adapter(setting: "Setting") -> Measurements:
 
 @command(**LOAD, lora=False)
 def quantized(setting: "Setting") -> Measurements:
-    """Weights as stored, quantised at load, and stored quantised: tok/s, GB, and ms to load."""
+    """Compare stored weights, weights quantized at load, and weights stored quantized: tok/s, GB, and ms to load."""
     from grpo.benchmark.quantized import quantized_costs
 
     return quantized_costs(setting)
@@ -357,7 +379,7 @@ def quantized(setting: "Setting") -> Measurements:
 
 @command(**LOAD, lora=True)
 def roofline(setting: "Setting") -> Measurements:
-    """How near a rollout and an update come to the copy bandwidth and matmul rate that this machine has just shown."""
+    """Compare a rollout and an update with the machine's measured memory bandwidth and matmul rate."""
     from grpo.benchmark.roofline import roofline
 
     return roofline(setting)
@@ -365,7 +387,7 @@ def roofline(setting: "Setting") -> Measurements:
 
 @command(prompts=2, completions=8, prompt_length=64, completion_length=64, lora=True)
 def scale(setting: "Setting") -> Measurements:
-    """Rollouts and steps of 1, 2, 4, 8 times the prompts, and what a row costs; under mlx.launch over processes."""
+    """Measure rollouts and steps with 1, 2, 4 and 8 times the prompts, and the cost per row; also by mlx.launch."""
     from grpo.benchmark.scale import scaling
 
     return scaling(setting)

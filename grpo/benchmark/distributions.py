@@ -1,4 +1,4 @@
-"""How long completions are: all of one length, or drawn from a distribution that the limit cuts off."""
+"""Lengths of completions: all equal, or drawn from a distribution that is truncated at the limit."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from grpo.errors import UserError
 
 FIXED = "fixed"
 SPREAD = 1.0
-"""Standard deviation of a log-normal length's logarithm."""
+"""Standard deviation of the logarithm of a log-normal length."""
 
 DISTRIBUTIONS: Mapping[str, Callable[[random.Random, float], float]] = {
     "exponential": lambda draw, mean: draw.expovariate(1 / mean),
     "log-normal": lambda draw, mean: draw.lognormvariate(math.log(mean) - SPREAD**2 / 2, SPREAD),
 }
-"""Draw one length in tokens with this mean, before the limit cuts it off."""
+"""Functions that draw one length in tokens with a given mean, before truncation at the limit."""
 
 
 def draw_lengths(lengths: str, count: int, limit: int) -> list[int]:
-    """So many lengths in tokens, from 1 to `limit`, the same at every call.
+    """`count` lengths in tokens, from 1 to `limit`, the same at every call.
 
-    `lengths` is "fixed" (each is `limit`), "exponential:MEAN" or "log-normal:MEAN". Raises UserError for other words.
+    `lengths` is "fixed" (each is `limit`), "exponential:MEAN" or "log-normal:MEAN". Raises UserError for other values.
     """
     if lengths == FIXED:
         return [limit] * count

@@ -1,4 +1,4 @@
-"""`grpo bench speculate --recipe`: a recipe's own steps over epochs, with speculation and without, in turns."""
+"""`grpo bench speculate --recipe`: the steps of a recipe over epochs, with and without speculation, in turns."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from grpo.training.trainer import Trainer
 from grpo.types import Group, Task
 
 TOLD = ("accepted", "width")
-"""What a step's metrics tell of speculation, if it was on: see `speculation/…` there. The gain is measured here."""
+"""The metrics `speculation/…` of a step that are reported, if speculation was on. The gain is measured here."""
 _Tokens = list[tuple[int, ...]]
 
 
 class Pool:
-    """The first `size` tasks of a stream, in order, again and again: a data set with short epochs."""
+    """A source that repeats the first `size` tasks of a stream in order: a dataset with short epochs."""
 
     def __init__(self, stream: TaskStream, size: int) -> None:
         self._tasks, self._cursor = stream.take(size), 0
@@ -38,7 +38,7 @@ class Pool:
         return [self._tasks[place % len(self._tasks)] for place in places]
 
     def observe(self, groups: Sequence[Group]) -> None:
-        """Nothing: the order is fixed."""
+        """Do nothing: the order is fixed."""
 
     def metrics(self) -> dict[str, float]:
         return {}
@@ -52,7 +52,7 @@ class Pool:
 
 @dataclass
 class _Training:
-    """A run of the recipe, step by step. `tokens` has what each step sampled."""
+    """A run of the recipe, step by step. `tokens` has the tokens that each step sampled."""
 
     trainer: Trainer
     tokens: list[_Tokens] = field(default_factory=list)
@@ -67,19 +67,20 @@ class _Training:
 
 
 def ways_of(text: str) -> list[str]:
-    """Values of `rollout.speculate`, separated by commas. Raises UserError for others, and for `off`: it is there."""
+    """Values of `rollout.speculate`, separated by commas. Raises UserError for other values, and for `off`, which is
+    always measured."""
     known = [str(value) for value in get_args(get_args(Speculate)[0]) if value != "off"]
     found = [way.strip() for way in text.split(",")]
     if not set(found) <= set(known):
-        raise UserError(f"--ways {text}: expected some of {', '.join(known)}, with commas between them")
+        raise UserError(f"--ways {text}: expected some of {', '.join(known)}, separated by commas")
     return found
 
 
 def epochs_of(recipe: Path, pool: int, speculate: Sequence[str], runs: int) -> Iterator[Measurement]:
-    """Steps of a recipe over its first `pool` prompts, without speculation and as `speculate` says, in turns.
+    """Steps of a recipe over its first `pool` prompts, without speculation and with each `speculate`, in turns.
 
-    The first epoch, whose prompts nobody has answered yet, and later ones are told apart. The first step warms up.
-    Raises UserError for a pool without a second epoch, and on a CPU RunError where tokens differ.
+    The first epoch, whose prompts have no earlier answers, and later epochs have separate rows. The first step is a
+    warm-up. Raises UserError if `runs` does not reach a second epoch, and on a CPU RunError if tokens differ.
     """
     with ExitStack() as opened:
         trainings = {name: _training(recipe, pool, name, runs + 1, opened) for name in ("off", *speculate)}
@@ -87,7 +88,7 @@ def epochs_of(recipe: Path, pool: int, speculate: Sequence[str], runs: int) -> I
         first = -(-pool // rows)  # steps of an epoch
         if pool < rows:
             raise UserError(
-                f"--pool {pool}: a step of this recipe takes {rows} prompts, so an epoch has at least {rows}"
+                f"--pool {pool}: a step of this recipe takes {rows} prompts, so an epoch needs at least {rows}"
             )
         if runs < first:
             epoch = f"an epoch is {first} steps of {rows} prompts"
@@ -106,7 +107,7 @@ def _training(recipe: Path, pool: int, speculate: str, steps: int, opened: ExitS
 
 
 def _parted(rows: Sequence[Measurement], first: int) -> Iterator[Measurement]:
-    """The measurements of the first so many turns, and of the others."""
+    """The measurements, split into the first `first` turns and the other turns."""
     for name, part in (("first epoch", slice(None, first)), ("later epochs", slice(first, None))):
         for row in rows:
             if row.runs[part]:
@@ -114,13 +115,14 @@ def _parted(rows: Sequence[Measurement], first: int) -> Iterator[Measurement]:
 
 
 def _same(trainings: Mapping[str, _Training], case: str) -> Iterator[Measurement]:
-    """For each step the share of rows that have the tokens of the run without speculation."""
+    """For each step, the fraction of rows with the same tokens as in the run without speculation."""
     plain = trainings["off"].tokens
     for name, training in trainings.items():
         shares = [_share(mine, theirs) for mine, theirs in zip(training.tokens, plain, strict=True)]
         if min(shares) < 1 and not on_gpu():
             raise RunError(
-                f"speculate {name}: {100 * (1 - fmean(shares)):.1f} % of the rows have other tokens than without"
+                f"speculate {name}: {100 * (1 - fmean(shares)):.1f} % of the rows have other tokens than without "
+                "speculation"
             )
         yield Measurement(case, name, "same rows", tuple(shares[1:]), shares[0])
 

@@ -1,4 +1,4 @@
-"""Rows of random weights that end at lengths of our choosing, as if they had drawn a stop token there."""
+"""Rows that end at given lengths, as if they had sampled a stop token there, for models with random weights."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from grpo.types import FinishReason
 
 
 class Until(Stopping):
-    """The rules of a row that stops after `length` tokens, which nobody knows before."""
+    """Stopping rules of a row that stops after `length` tokens; the engine does not know the length in advance."""
 
     def __init__(self, rules: Stopping, length: int) -> None:
         super().__init__(rules.sampling, rules.stop_ids, lambda _: "")
         self._length = length
 
     def reason(self, token_ids: Sequence[int]) -> FinishReason | None:
-        """Stop at this length, whatever the tokens are."""
+        """Stop at the row's length, regardless of the tokens."""
         return "stop" if len(token_ids) >= self._length else None
 
 
 def submit(
     engine: Engine, requests: Sequence[Request], lengths: Sequence[int], sampling: Sampling, logprobs: bool
 ) -> list[Row]:
-    """Queue the rows of all requests, which stop at these lengths, request by request. Draws depend on places alone."""
+    """Queue the rows of all requests, request by request, to stop at these lengths. Draws depend only on positions."""
     rows: list[Row] = []
     for number, request in enumerate(requests):
         submission = Submission(request.prompt_ids, sampling, 0, (number,), request.n, logprobs)
@@ -46,9 +46,9 @@ def sample(
     logprobs: bool,
     queued: Callable[[list[Row]], object] | None = None,
 ) -> list[Row]:
-    """Rows of these lengths, sampled; `queued` is shown them before the first step.
+    """Sampled rows of these lengths; `queued` gets the rows before the first step.
 
-    Raises RunError where one has another length: its speed would mean nothing.
+    Raises RunError if a row has another length: the measured speed would be wrong.
     """
     with generator.open() as engine:
         rows = submit(engine, requests, lengths, sampling, logprobs)
@@ -57,5 +57,5 @@ def sample(
         while engine.busy:
             engine.step()
     if [len(row.token_ids) for row in rows] != list(lengths):
-        raise RunError("the generator has not sampled the lengths that it was asked for")
+        raise RunError("the generator has not sampled the requested lengths")
     return rows

@@ -1,4 +1,4 @@
-"""`grpo bench head`: what float32 logits of a 16-bit model cost, in decoding and in the update."""
+"""`grpo bench head`: the cost of a 16-bit model's float32 logits, in decoding and in the update."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ HEADS = {"model": False, "float32": True}
 
 
 def head_costs(setting: Setting, dtype: str) -> list[Measurement]:
-    """Decoding, then an update of checkpointed layers, each with both heads in turn: two models, which GB count both.
+    """Decoding, then an update with gradient checkpointing, each with both heads in turns. GB counts both models, which
+    are in memory at the same time.
 
-    `dtype` is that of a model with random weights, or "auto". Raises UserError for a float32 model, and for one whose
+    `dtype` is the data type of random weights, or "auto". Raises UserError for a float32 model, and for a model whose
     head is not found.
     """
     rows = alternate(
@@ -47,7 +48,7 @@ def _model(setting: Setting, dtype: str, wide: bool, adapter: bool = True) -> nn
         cast(model, getattr(mx, dtype))
         mx.eval(model.parameters())
     if dtype_of(model) == mx.float32:
-        raise UserError("bench head: the model is float32, whose logits are float32 anyway: --dtype bfloat16")
+        raise UserError("bench head: a float32 model has float32 logits anyway: use --dtype bfloat16")
     if wide and not widen_head(model):
-        raise UserError("bench head: this model's head is not found, or gives float32 already")
+        raise UserError("bench head: this model's head was not found, or already returns float32")
     return model

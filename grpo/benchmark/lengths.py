@@ -1,4 +1,4 @@
-"""Whether a length costs more than it should: `grpo bench length` (of completions) and `context`."""
+"""`grpo bench length` and `grpo bench context`: whether some length costs more than it should."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from grpo.generation.slots import Size
 LENGTHS = (10, 25, 50, 100, 400)
 CONTEXTS = (32, 64, 116, 120, 124, 127, 128, 129, 132, 140, 256, 512, 1023, 1024, 1025)
 NEAR = 1.2
-"""Lengths at most so many times each other are neighbours: between them a pass should cost about the same."""
+"""Maximum ratio of two lengths whose passes should cost about the same."""
 DECODED = 8
-"""Steps that are decoded at each context."""
+"""Number of decoding steps at each context length."""
 GROWTH = "× as long"
 
 
 def length_costs(setting: Setting) -> list[Measurement]:
-    """Milliseconds a decoding step by the completion's length, without the first token, which waits for the prompt.
+    """Milliseconds per decoding step by completion length, without the first token, which includes the prompt.
 
-    All are held against the second longest: a short completion's difference of two times is too noisy to hold on to.
+    The reference is the second longest length, because the measurement of a short completion is too noisy.
     """
     model = model_for(setting)
     generator, requests = untold(model, setting.rows), requests_of(setting, model)
@@ -50,9 +50,9 @@ def length_costs(setting: Setting) -> list[Measurement]:
 
 
 def context_costs(setting: Setting) -> Iterator[Measurement]:
-    """Milliseconds of a forward pass over so many tokens, and of a decoding step that attends to so many.
+    """Milliseconds of a forward pass over each number of tokens, and of a decoding step that attends to this many.
 
-    Then the growth from each length to its neighbour, turn by turn: is there one at which it suddenly costs more?
+    Then the growth from each length to the next one, turn by turn, which shows a length with a sudden cost.
     """
     model = model_for(setting)
     decoding = untold(model, 1).decoding
@@ -89,7 +89,7 @@ def _steps(decoding: Decoding, context: int, vocabulary: int) -> Callable[[], Va
 
 
 def growth(rows: Sequence[Measurement], lengths: Sequence[int]) -> list[Measurement]:
-    """How many times longer each length took than its neighbour before, in each turn."""
+    """The ratio of each length's time to the time of the previous length, in each turn."""
     found = []
     for (before, first), (after, second) in pairwise(zip(rows, lengths, strict=True)):
         if second <= NEAR * first:

@@ -1,4 +1,4 @@
-"""The models that are measured: real ones, or of real shapes with random weights, whose speed is the same."""
+"""The models to measure: real models, or models of real shapes with random weights, whose speed is the same."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from grpo.model.mlxlm import BPEStreamingDetokenizer, TokenizerWrapper
 
 
 def model_for(setting: Setting) -> nn.Module:
-    """The setting's model on a machine that is set up, with an adapter on every linear layer if it has `lora`.
+    """The setting's model, with an adapter on every linear layer if the setting has `lora`. Sets up the machine.
 
-    The adapter's B is not zero, so that it does what a trained one does. Raises UserError for an unknown model.
+    The adapter's B is not zero, as in a trained adapter. Raises UserError for an unknown model.
     """
     model = base_model(setting)
     if setting.lora:
@@ -31,9 +31,9 @@ def model_for(setting: Setting) -> nn.Module:
 
 
 def base_model(setting: Setting) -> nn.Module:
-    """The setting's model without an adapter: bf16 on a GPU (as stored, if it is a real one), float32 on a CPU.
+    """The setting's model without an adapter: bf16 on a GPU (a real model: as stored), float32 on a CPU.
 
-    Its logits have its own dtype, as mlx-lm has it that it is held against.
+    Its logits have the model's dtype, as in mlx-lm, with which the speed is compared.
     """
     setup()
     return (
@@ -44,9 +44,9 @@ def base_model(setting: Setting) -> nn.Module:
 
 
 def write_model(setting: Setting, folder: Path) -> None:
-    """The setting's model of random weights, with a tokenizer, as the Hub lays models out.
+    """Write the setting's model with random weights, and a tokenizer, in the layout of the Hub.
 
-    The token that stops is the last of the vocabulary, which a model with random weights next to never samples.
+    The stop token is the last token of the vocabulary, which a model with random weights almost never samples.
     """
     model = base_model(setting)
     config = {**config_of(setting.shape), "architectures": ["Qwen3ForCausalLM"], "attention_bias": False,
@@ -55,7 +55,7 @@ def write_model(setting: Setting, folder: Path) -> None:
 
 
 def write_weights(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
-    """A model by its config, with a small tokenizer of its own, as the Hub lays models out."""
+    """Write a model and its config, with a small tokenizer, in the layout of the Hub."""
     from grpo.builtin.student import write_tokenizer
 
     folder.mkdir(parents=True)
@@ -67,12 +67,12 @@ def write_weights(model: nn.Module, config: dict[str, Any], folder: Path) -> Non
 
 
 def vocabulary_of(model: nn.Module) -> int:
-    """The tokens that the model's head has logits for."""
-    return int(model(mx.array([[0]])).shape[-1])  # the shape alone: nothing is computed
+    """The number of the head's logits."""
+    return int(model(mx.array([[0]])).shape[-1])  # MLX is lazy: the shape needs no computation
 
 
 def tokenizer_for(setting: Setting, vocabulary: int) -> TokenizerWrapper:
-    """The setting's tokenizer, or for random weights a byte-level one of words of four letters, with no stop token."""
+    """The setting's tokenizer; for random weights, a byte-level tokenizer of four-letter words without a stop token."""
     if setting.model:
         return load(ModelConfig(name=setting.model))[1]
     from tokenizers import Tokenizer, decoders, models

@@ -1,4 +1,4 @@
-"""`grpo bench ops`: single operations at the model's shapes, the building of their graph apart from its run."""
+"""`grpo bench ops`: single operations at the model's shapes, with separate times to build and to run their graph."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from grpo.model.mlxlm import SwitchGLU
 from grpo.model.outline import costs_of
 
 REPEATS = 16
-"""Times that an operation is in the graph: one alone would be measured by what it takes to start anything at all."""
+"""Number of copies of an operation in the graph: with one copy, the fixed cost of an evaluation would dominate."""
 
 Operation = Callable[[], mx.array]
 
 
 def operation_costs(setting: Setting) -> Iterator[Measurement]:
-    """Milliseconds of each operation for one token of every row (attention: over all of a row's tokens)."""
+    """Milliseconds of each operation for one token per row (attention: over all tokens of the row)."""
     model = base_model(setting)
     for name, operation in _operations(model, setting).items():
         yield from alternate(f"one token of {setting}", [Side(name, _timed(operation))], setting.runs)
@@ -45,7 +45,7 @@ def _timed(operation: Operation) -> Callable[[], Values]:
 
 @dataclass(frozen=True, slots=True)
 class _Drawn:
-    """Random arrays of the model's dtype."""
+    """Draws random arrays of the model's dtype."""
 
     dtype: mx.Dtype
 
@@ -75,16 +75,16 @@ def _operations(model: nn.Module, setting: Setting) -> dict[str, Operation]:
 
 
 def _attention(costs: Costs, setting: Setting, draw: _Drawn) -> dict[str, Operation]:
-    """Of one token over all of its row's; and causal, of a whole prompt."""
+    """Attention of one token over all tokens of its row, and causal attention over a whole prompt."""
     context, scale = setting.prompt_length + setting.completion_length, costs.head_dim**-0.5
     query = draw(setting.rows, costs.heads, 1, costs.head_dim)
     keys, values = (draw(setting.rows, costs.kv_heads, context, costs.head_dim) for _ in range(2))
     prompt = draw(1, costs.heads, setting.prompt_length, costs.head_dim)
-    its = draw(1, costs.kv_heads, setting.prompt_length, costs.head_dim)
+    prompt_keys = draw(1, costs.kv_heads, setting.prompt_length, costs.head_dim)
     attend: Any = mx.fast.scaled_dot_product_attention
     return {
         "attention, decoding": lambda: attend(query, keys, values, scale=scale),
-        "attention, one prompt": lambda: attend(prompt, its, its, scale=scale, mask="causal"),
+        "attention, one prompt": lambda: attend(prompt, prompt_keys, prompt_keys, scale=scale, mask="causal"),
     }
 
 
@@ -94,6 +94,6 @@ def _mlp_width(model: nn.Module) -> int:
 
 
 def _routing(model: nn.Module, hidden: mx.array) -> dict[str, Operation]:
-    """The choice of experts and their products, for a model that has some: its own block."""
+    """The first mixture-of-experts block (routing and experts' matmuls); empty for a dense model."""
     blocks = [m for m in model.modules() if any(isinstance(child, SwitchGLU) for child in m.children().values())]
     return {"experts": lambda: blocks[0](hidden[:, None])} if blocks else {}

@@ -1,4 +1,4 @@
-"""`grpo bench overlap`: a step with a slow reward: its groups scored while others decode, and after all of them."""
+"""`grpo bench overlap`: a step with a slow reward, scored while other groups decode, and scored after decoding."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from grpo.types import Group
 
 
 def overlap_costs(setting: Setting, seconds: float, slots: int | None) -> list[Measurement]:
-    """Seconds of a step whose reward takes `seconds` a group; and those that sampling and scoring take alone.
+    """Seconds of a step whose reward takes `seconds` per group, and seconds of only sampling and of only scoring.
 
-    `slots` rows decode at once (None: as many as a group has), so that groups end one after the other, as they do
-    where some prompts need longer answers than others.
+    `slots` rows decode simultaneously (None: the rows of one group), so that groups end one after the other, as they do
+    if some prompts need longer answers than others.
     """
     with _scorer(seconds) as slow, _scorer(0) as instant:
         trainer = step_trainer(setting, scorer=slow)
@@ -48,14 +48,14 @@ def overlap_costs(setting: Setting, seconds: float, slots: int | None) -> list[M
 
 @contextmanager
 def _scorer(seconds: float) -> Iterator[Scorer]:
-    """A reward that takes so long, in a process of its own, as a recipe has it."""
+    """A reward that takes `seconds` per group, in a worker process, as in a recipe."""
     use, timeout = "grpo.benchmark.slow:reward", 60 + 2 * seconds
     with closing(Scorer.of([RewardConfig(use=use, kwargs={"seconds": seconds}, timeout=timeout)])) as scorer:
         yield scorer
 
 
 class _Late(RolloutEngine):
-    """Tells of no group before all are sampled."""
+    """An engine that passes on no group before all groups are sampled."""
 
     def __init__(self, engine: RolloutEngine) -> None:
         super().__init__(engine.generator, engine.sampling, engine.environment)

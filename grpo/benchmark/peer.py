@@ -1,4 +1,4 @@
-"""mlx-lm's side in a process of its own, which has the BLAS of MLX's wheel. Run by `against_wheel`, not by hand."""
+"""mlx-lm's side in a separate process with the BLAS of MLX's wheel, which `against_wheel` starts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from grpo.errors import UserError
 
 
 def against_wheel(setting: Setting) -> list[Measurement]:
-    """This generator with the BLAS that grpo loads against mlx-lm with that of MLX's wheel, in turns.
+    """grpo's generator with the BLAS that grpo loads, and mlx-lm with the BLAS of MLX's wheel, in turns.
 
-    Raises UserError where grpo has loaded none: there would be nothing to tell apart.
+    Raises UserError if grpo has not loaded a BLAS: both sides would use the same one.
     """
     if not blas.loaded():
-        raise UserError(f"--wheel-blas would change nothing here: the BLAS is {blas.describe()}")
+        raise UserError(f"--wheel-blas has no effect on this machine: the BLAS is {blas.describe()}")
     here = ours(model_for(setting), setting)
     command = [sys.executable, "-m", "grpo.benchmark.peer", json.dumps(asdict(setting))]
     with Peer("mlx-lm, its wheel's BLAS", command, {**os.environ, "GRPO_BLAS": "off"}) as peer:
@@ -30,7 +30,7 @@ def against_wheel(setting: Setting) -> list[Measurement]:
 
 
 def main() -> None:
-    """One line of measurements for each line of input."""
+    """Print one line of measurements for each line of input."""
     setting = Setting(**json.loads(sys.argv[1]))
     side = mlx_lm(model_for(setting), setting)
     for _ in sys.stdin:

@@ -1,4 +1,4 @@
-"""Other toolkits' GRPO steps beside ours: scripts of the repository, each run in its own environment."""
+"""Runs GRPO steps of other toolkits for comparison: scripts of the repository, each in its own environment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ PEERS = {"mlx-lm-lora": SCRIPTS / "mlx_lm_lora_steps.py", "unsloth": SCRIPTS / "
 
 @dataclass(frozen=True, slots=True)
 class Toolkit:
-    """One of `PEERS` by name, the Python that has it, whether it gets the BLAS that grpo loads, and its own options."""
+    """One of `PEERS` by name, the Python of its environment, whether it uses the BLAS that grpo loads, and the options
+    of its script."""
 
     name: str
     python: Path
@@ -36,15 +37,15 @@ class Toolkit:
 
 @contextmanager
 def running(toolkit: Toolkit, setting: Setting) -> Iterator[Peer]:
-    """A process that makes a GRPO step of the same weights, prompts and lengths whenever it is asked for one.
+    """A process that runs one GRPO step per request, with the same weights, prompts and lengths.
 
-    Raises UserError for an unknown toolkit, and where its script is not there.
+    Raises UserError for an unknown toolkit, and if its script is missing.
     """
     if toolkit.name not in PEERS:
         raise UserError(f"--peer {toolkit.name}: expected {' or '.join(PEERS)}")
     script = PEERS[toolkit.name]
     if not script.is_file():
-        raise UserError(f"--peer-python: {script} is not there: it comes with the repository, and not with the package")
+        raise UserError(f"--peer-python: {script} is missing: it is in the repository, but not in the package")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = model_folder(ModelConfig(name=setting.model)) if setting.model else folder / "model"

@@ -1,4 +1,4 @@
-"""A side that runs in a process of its own, because it needs another environment or another BLAS."""
+"""A side that runs in a separate process, because it needs another environment or another BLAS."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from grpo.benchmark.resident import watch_resident
 from grpo.errors import RunError
 
 TOLD = 500
-"""Characters of what a process said last that an error repeats."""
+"""Maximum number of characters of a process's last output in an error."""
 
 
 class Peer:
-    """A process that works once for each line that it is sent, and answers with a line of JSON: what it measured."""
+    """A process that runs once per line of input, and writes a line of JSON with its measurements."""
 
     def __init__(
         self,
@@ -27,9 +27,9 @@ class Peer:
         environment: Mapping[str, str] | None = None,
         folder: Path | None = None,
     ) -> None:
-        """Raises RunError, with the `name`, where the command cannot be run."""
+        """Raises RunError, with the `name`, if the command cannot be run."""
         self.name, self._program = name, command[0]
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  open as long as the process
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  it stays open as long as the process runs
         pipe = subprocess.PIPE
         try:
             self._process = subprocess.Popen(
@@ -46,7 +46,7 @@ class Peer:
         self._errors.close()
 
     def side(self) -> Side:
-        """Its work once, held against others'."""
+        """The process as a side of a comparison."""
         return Side(self.name, self._run)
 
     def _run(self) -> Values:
@@ -55,27 +55,27 @@ class Peer:
         return {**{unit: float(value) for unit, value in values.items()}, **resident()}
 
     def answer(self, line: str = "") -> Mapping[str, Any]:
-        """Send a line, and return what the process measured. Raises RunError, with what the process said last, where it
-        has not measured anything."""
+        """Send a line, and return the measurements. Raises RunError, with the process's last output, if the answer is
+        not a JSON object."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        told = ""
+        output = ""
         try:
             self._process.stdin.write(f"{line}\n")
             self._process.stdin.flush()
-            told = self._process.stdout.readline()
-            values = json.loads(told)
+            output = self._process.stdout.readline()
+            values = json.loads(output)
             if isinstance(values, dict):
                 return values
-            why = f"it answered {told.strip()[-TOLD:]!r}"
+            why = f"it answered {output.strip()[-TOLD:]!r}"
         except BrokenPipeError:
             why = self._said()
         except ValueError as error:
-            why = f"{error}: {told.strip()[-TOLD:]!r}" if told else self._said()
+            why = f"{error}: {output.strip()[-TOLD:]!r}" if output else self._said()
         raise RunError(f"{self.name} by {self._program} failed: {why}")
 
     def _said(self) -> str:
-        """Why it has ended, as far as it said so."""
+        """The process's last error output, or its exit code if there is no output."""
         self._process.wait()
         self._errors.seek(0)
-        return self._errors.read().strip()[-TOLD:] or f"it ended with code {self._process.returncode}, without a word"
+        return self._errors.read().strip()[-TOLD:] or f"it exited with code {self._process.returncode} without output"

@@ -1,9 +1,9 @@
-"""How everything is measured: sides take turns in one process, after a warm-up, and what counts is their ratio.
+"""The measurement protocol: after a warm-up, sides take turns in one process, and the result is their ratio.
 
-A comparison's figure is the median of the ratios of single turns, in which both sides met the same machine: what slows
-a turn down slows both, and a turn that was disturbed moves a median little. Its interval is the sign test's, between
-two of the ratios in order, and asks nothing of their distribution. Every second turn goes backwards, so that a machine
-that gets slower (or warmer) favours nobody.
+A comparison's figure is the median of the ratios of single turns. Within a turn, both sides run under the same
+conditions: whatever slows the machine slows both, and one disturbed turn hardly moves the median. The interval is the
+sign test's, between two of the sorted ratios, and assumes nothing about their distribution. Every second turn runs in
+reverse order, so that a machine that becomes slower (or warmer) favors no side.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 CONFIDENCE, ENOUGH = 0.9, 5
-"""That the median lies in its interval, from so many values on; fewer have their lowest and highest, and tell less."""
+"""Probability that an interval of at least `ENOUGH` values contains the median. The interval of fewer values is their
+minimum and maximum, with a lower probability."""
 
 LOWER_IS_BETTER = frozenset({"s", "ms", "GB", "%"})
-"""Units, or their first words: `s rollout` is a part of `s`."""
+"""Units, or first words of units: `s rollout` is a part of `s`."""
 
 Values = Mapping[str, float]
-"""One run's measurements by unit: `{"tok/s": …, "GB": …}`."""
+"""The measurements of one run by unit: `{"tok/s": …, "GB": …}`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One way to do a case's work: `run` does it once and says what it measured.
+    """One side of a case: `run` does the work once and returns its measurements.
 
-    It is held against the side named `against`, or else the case's first.
+    It is compared with the side named `against`, by default the case's first side.
     """
 
     name: str
@@ -38,10 +39,10 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One side of one case in one unit: its runs, in the order of turns, and the `cold` one before them.
+    """One side of one case in one unit: its runs, in the order of turns, and the `cold` run before them.
 
-    `ratios` says of each turn how many times better it was than the side it is held against, whichever way the unit
-    counts; there are none where there is nothing to hold it against.
+    `ratios` says for each turn how many times better this side was than the side it is compared with, in a unit where
+    lower is better, too. It is empty for a side that is not compared.
     """
 
     case: str
@@ -70,7 +71,7 @@ class Measurement:
         return statistics.median(self.ratios) if self.ratios else None
 
     def line(self) -> str:
-        """The row for a person."""
+        """The row as text."""
         noise = f" ± {number(self.sd)}  spread {100 * self.spread:5.1f} %" if len(self.runs) > 1 else ""
         ratio = ""
         if self.ratio is not None:
@@ -80,14 +81,14 @@ class Measurement:
 
 
 def number(value: float) -> str:
-    """With three decimals, or as many figures where it is small."""
+    """The value with three decimals; with three significant digits if it is below 0.1."""
     return f"{value:,.3f}" if abs(value) >= 0.1 else f"{value:.3g}"
 
 
 def alternate(case: str, sides: Iterable[Side], runs: int, seconds: float = math.inf) -> list[Measurement]:
-    """Warm every side up once, then let them take turns `runs` times, every second turn backwards.
+    """Warm up every side once, then run all sides in turns `runs` times, every second turn in reverse order.
 
-    After so many `seconds` no further side is warmed up: those that were, the first among them, are measured.
+    After `seconds`, no further side is warmed up: only the sides that were, at least the first, are measured.
     """
     started = time.perf_counter()
     warm: list[tuple[Side, Values]] = []
@@ -118,10 +119,10 @@ def _ratio(unit: str, mine: float, theirs: float) -> float:
 
 
 def interval(series: Sequence[float]) -> tuple[float, float]:
-    """Two of the values between which the median of what they were drawn from lies with probability `CONFIDENCE`.
+    """Two of the values, between which the median of their distribution lies with probability `CONFIDENCE`.
 
-    Leaving k at each end misses it with probability 2 P(X ≤ k) for X of so many fair coins (sign test; Conover,
-    Practical Nonparametric Statistics).
+    Dropping k values at each end misses the median with probability 2 P(X ≤ k), where X is the number of heads in
+    n fair coin tosses (sign test; Conover, Practical Nonparametric Statistics).
     """
     ordered, n = sorted(series), len(series)
     left, missed = 0, 2 * 0.5**n
@@ -131,7 +132,7 @@ def interval(series: Sequence[float]) -> tuple[float, float]:
 
 
 def milliseconds(work: Callable[[], object]) -> float:
-    """How long a piece of work takes."""
+    """The duration of a function call in milliseconds."""
     start = time.perf_counter()
     work()
     return 1e3 * (time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""`grpo bench quantized`: weights as they are, quantised when they are loaded, and stored quantised."""
+"""`grpo bench quantized`: weights as stored, quantized at load, and stored quantized."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ BITS: Literal[4] = 4
 
 
 def quantized_costs(setting: Setting) -> list[Measurement]:
-    """Tokens a second, bytes of weights, and milliseconds to load, of one model's weights in three ways.
+    """Tokens per second, GB of weights, and milliseconds to load, for three forms of one model's weights.
 
-    Raises UserError for a model that is quantised already.
+    Raises UserError for a model that is already quantized.
     """
     setup()
     with _stored(setting) as (plain, quantized):
@@ -44,7 +44,7 @@ def quantized_costs(setting: Setting) -> list[Measurement]:
 
 @contextmanager
 def _stored(setting: Setting) -> Iterator[tuple[Path, Path]]:
-    """The folders of the model and of the same model quantised, while the block runs."""
+    """The folders of the model and of its quantized copy, while the block runs."""
     with TemporaryDirectory() as folder:
         plain, quantized = Path(folder) / "plain", Path(folder) / "quantized"
         if setting.model:

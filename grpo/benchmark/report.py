@@ -1,4 +1,4 @@
-"""What a benchmark says, and where it says it: rows and verdicts for people, a file for programs, an exit code."""
+"""The output of a benchmark: rows and verdicts as text, a JSON file for programs, an exit code."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from grpo.benchmark.setting import Setting
 from grpo.benchmark.verdicts import Verdict, judge
 from grpo.errors import RunError
 
-BETTER = "times better than the case's first row, or the row that it is made to be held against (below 1: worse)"
+BETTER = "times better than the case's first row, or than the row's reference (below 1: worse)"
 LEGEND = (
-    "mean ± sd of the runs after the cold one; spread: (max - min) / mean; ratio (×): median over turns, "
-    f"{BETTER}, with its {100 * CONFIDENCE:.0f} % interval (of fewer than {ENOUGH} runs: lowest and highest)"
+    "mean ± sd of the runs after the cold run; spread: (max - min) / mean; ratio (×): median over turns, "
+    f"{BETTER}, with its {100 * CONFIDENCE:.0f} % interval (fewer than {ENOUGH} runs: minimum and maximum)"
 )
-LEGEND_OF_ONE = f"one run after the cold one; ratio (×): {BETTER}"
+LEGEND_OF_ONE = f"one run after the cold run; ratio (×): {BETTER}"
 
 
 def report(
@@ -34,21 +34,21 @@ def report(
     path: Path | None,
     check: Path | None,
 ) -> None:
-    """Measure, print rows as they come, and write them to `path` if there is one.
+    """Measure, print each row immediately, and write the rows to `path` if it is given.
 
-    With `check`, a file of bounds, rows are held against these: raises UserError before anything is measured where
-    nothing is bounded, and RunError after it, naming what fell short.
+    `check` is a file of bounds for the rows. Raises UserError before the measurements if no bound applies, and RunError
+    after them for the bounds that fall short.
     """
     bounds = required_bounds(read_bounds(check), benchmark, setting) if check is not None else []
     rows = list(_shown(measure()))
     verdicts = judge(bounds, rows)
-    if path is not None and rows:  # of several processes one has them
+    if path is not None and rows:  # with several processes, only one has rows
         _write(path, document(benchmark, setting, rows, verdicts))
     if verdicts:
         print("\n".join(["\nbounds", *(f"  {verdict.line()}" for verdict in verdicts)]))
     if bounds and not verdicts:
         wanted = "; ".join(f"{bound.case}: {bound.side} ({bound.why})" for bound in bounds)
-        raise RunError(f"bench {benchmark}: nothing was measured of what is bounded: {wanted}")
+        raise RunError(f"bench {benchmark}: none of the bounded rows was measured: {wanted}")
     if short := [verdict.line() for verdict in verdicts if verdict.falls_short]:
         raise RunError("\n".join([f"bench {benchmark}: {len(short)} of {len(verdicts)} bounds fall short:", *short]))
 
@@ -57,11 +57,11 @@ def _write(path: Path, found: dict[str, Any]) -> None:
     try:
         path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise RunError(f"--json {path}: cannot be written: {error.strerror}; what was measured is printed") from error
+        raise RunError(f"--json {path}: cannot be written: {error.strerror}; the rows are printed above") from error
 
 
 def _shown(rows: Iterable[Measurement]) -> Iterator[Measurement]:
-    """Hands rows through and prints them: the machine before the first, and each case before its own."""
+    """Yield the rows and print them, with the machine before the first row and the case before its rows."""
     case = None
     for row in rows:
         if case is None:
@@ -75,7 +75,7 @@ def _shown(rows: Iterable[Measurement]) -> Iterator[Measurement]:
 
 
 def machine() -> str:
-    """The machine in one line."""
+    """The machine on one line."""
     processor = mx.device_info(mx.Device(mx.cpu)).get("device_name", "unknown")
     return f"{platform.system()} {platform.machine()}, {cpu_cores()} cores ({processor}), {describe()}"
 
@@ -83,7 +83,7 @@ def machine() -> str:
 def document(
     benchmark: str, setting: Setting, rows: Sequence[Measurement], verdicts: Sequence[Verdict]
 ) -> dict[str, Any]:
-    """All of it for other programs."""
+    """The content of the JSON file."""
     return {
         "benchmark": benchmark,
         "setting": {**asdict(setting), "shape": None if setting.model else setting.shape},
@@ -102,8 +102,8 @@ def _row(row: Measurement) -> dict[str, Any]:
 
 def _verdict(verdict: Verdict) -> dict[str, Any]:
     bound, row = verdict.bound, verdict.row
-    asked = {name: end for name, end in (("least", bound.least), ("most", bound.most)) if abs(end) != float("inf")}
+    limits = {name: end for name, end in (("least", bound.least), ("most", bound.most)) if abs(end) != float("inf")}
     return {
         "case": row.case, "side": row.side, "unit": row.unit, "figure": bound.figure, "median": verdict.figure,
-        "low": verdict.low, "high": verdict.high, **asked, "falls_short": verdict.falls_short, "why": bound.why,
+        "low": verdict.low, "high": verdict.high, **limits, "falls_short": verdict.falls_short, "why": bound.why,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""How much memory a process had in RAM at most: all of it, where `GB` is what MLX allocated."""
+"""The peak resident memory of a process: all of its RAM, while `GB` counts only MLX's allocations."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ RESIDENT = "GB resident"
 
 
 def watch_resident(pid: int | str = "self") -> Callable[[], Values]:
-    """Begin to watch a process: what is returned says the peak since then, in GB.
+    """Start to watch a process. The returned function gives the peak since then, in GB.
 
-    It says nothing where the system does not let the peak be measured anew: anywhere but on Linux.
+    It returns nothing on other systems than Linux, because they cannot reset the peak.
     """
     folder = Path("/proc", str(pid))
     try:
-        (folder / "clear_refs").write_text("5")  # the peak from now on: proc_pid_clear_refs(5)
+        (folder / "clear_refs").write_text("5")  # resets the peak: see proc_pid_clear_refs(5)
     except OSError:
         return dict
     return lambda: _peak(folder)

@@ -1,4 +1,4 @@
-"""`grpo bench rollout`: the generator against mlx-lm's, on the same model, prompts and lengths."""
+"""`grpo bench rollout`: grpo's generator against mlx-lm's, with the same model, prompts and lengths."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from grpo.model.mlxlm import BatchGenerator, generate_step, make_prompt_cache, m
 
 
 def against_mlx_lm(setting: Setting) -> list[Measurement]:
-    """This generator against mlx-lm's: its loop for one row, or its batched generator."""
+    """Compare grpo's generator with mlx-lm's: its loop for one row, or else its batched generator."""
     model = model_for(setting)
     return alternate(str(setting), [mlx_lm(model, setting), ours(model, setting)], setting.runs)
 
 
 def by_itself(setting: Setting) -> list[Measurement]:
-    """This generator without another beside it."""
+    """Measure only grpo's generator."""
     return alternate(str(setting), [ours(model_for(setting), setting)], setting.runs)
 
 
 def mlx_lm(model: nn.Module, setting: Setting) -> Side:
-    """mlx-lm's own way for so many rows."""
+    """mlx-lm's generator for the setting's number of rows."""
     return (mlx_lm_stream if setting.rows == 1 else mlx_lm_batched)(model, setting)
 
 
 def timed(work: Callable[[], object], tokens: int) -> Values:
-    """Tokens a second and peak memory of one piece of work."""
+    """Tokens per second and peak memory (GB) of a function call."""
     mx.clear_cache()
     mx.reset_peak_memory()
     start = time.perf_counter()
@@ -49,19 +49,19 @@ def timed(work: Callable[[], object], tokens: int) -> Values:
 
 
 def untold(model: nn.Module, slots: int) -> Generator:
-    """A generator without text and stop tokens: every completion has its full length."""
+    """A generator without text and without stop tokens: every completion has its full length."""
     return Generator(model, cast("Any", NoTokenizer()), slots)
 
 
 def requests_of(setting: Setting, model: nn.Module) -> list[Request]:
-    """The setting's prompts, each with its completions."""
+    """The requests for the setting's prompts and completions."""
     return [Request(ids, setting.completions) for ids in setting.draw(vocabulary_of(model))]
 
 
 def ours(
     model: nn.Module, setting: Setting, sampling: Sampling | None = None, logprobs: bool = True, name: str = "grpo"
 ) -> Side:
-    """This project's generator, whose rows have the setting's lengths."""
+    """The side of grpo's generator; rows have the setting's lengths."""
     generator, requests = untold(model, setting.at_once), requests_of(setting, model)
     sampling, lengths = sampling or Sampling(max_tokens=setting.completion_length), setting.completion_lengths
 
@@ -75,7 +75,8 @@ def ours(
 
 
 def mlx_lm_batched(model: nn.Module, setting: Setting) -> Side:
-    """mlx-lm's `BatchGenerator`, which lets rows in as others end, logprobs read as `batch_generate` does."""
+    """The side of mlx-lm's `BatchGenerator`, which admits rows as others end. Logprobs are read as in
+    `batch_generate`."""
     prompts, lengths = setting.draw(vocabulary_of(model)), setting.completion_lengths
     return Side("mlx-lm", lambda: timed(lambda: _batch_generate(model, prompts, lengths, setting), sum(lengths)))
 
@@ -88,7 +89,7 @@ def _batch_generate(
         model,
         sampler=make_sampler(1.0),
         completion_batch_size=rows,
-        prefill_batch_size=rows,  # its fastest: by default prompts go in eight at a time
+        prefill_batch_size=rows,  # the fastest value; the default prefills eight prompts at a time
     )
     inputs = [ids for ids in prompts for _ in range(setting.completions)]
     caches = None
@@ -103,12 +104,12 @@ def _batch_generate(
             logprobs[response.uid].append(response.logprobs[response.token].item())
     generator.close()
     if [len(found) for found in logprobs.values()] != list(lengths):
-        raise RunError("mlx-lm has not sampled what it was asked for: its speed would mean nothing")
+        raise RunError("mlx-lm has not sampled the requested lengths, so its speed would be wrong")
     return [logprobs[uid] for uid in uids]
 
 
 def _prefilled(model: nn.Module, prompts: Sequence[list[int]]) -> list[list[Any]]:
-    """For each prompt mlx-lm's caches of all its tokens but the last."""
+    """mlx-lm's caches of each prompt, without the prompt's last token."""
     found = []
     for ids in prompts:
         caches: list[Any] = make_prompt_cache(model)
@@ -120,7 +121,7 @@ def _prefilled(model: nn.Module, prompts: Sequence[list[int]]) -> list[list[Any]
 
 
 def mlx_lm_stream(model: nn.Module, setting: Setting) -> Side:
-    """mlx-lm's loop for one row, which `stream_generate` wraps, at temperature 1."""
+    """The side of mlx-lm's loop for one row, which `stream_generate` wraps, at temperature 1."""
     (prompt,) = setting.draw(vocabulary_of(model))
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""`grpo bench roofline`: how near the generator and the trainer come to what this machine can do at all."""
+"""`grpo bench roofline`: how close the generator and the trainer come to the limits of this machine."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from grpo.model.costs import Demand
 from grpo.model.outline import costs_of
 
 COPIED = {False: 2**28, True: 2**31}
-"""Bytes of the array that is passed over, by whether on a GPU: far more than any cache holds, and in numbers of the
-dtype less than 2³¹, since MLX's shapes are 32 bits wide."""
+"""Bytes of the array for the memory bandwidth, on a CPU and on a GPU: much larger than any cache, but with less than
+2³¹ elements, because MLX's shapes have 32 bits."""
 SQUARE = {False: 1536, True: 8192}
-"""Rows and columns of the matrices that are multiplied: enough to keep the machine busy."""
+"""Rows and columns of the matrices for the matmul rate, on a CPU and on a GPU: enough to keep the machine busy."""
 TRIES = 3
-"""Of which the fastest is what the machine can do."""
+"""Number of tries; the fastest gives the machine's rate."""
 
 
 @dataclass(slots=True)
 class Rates:
-    """What this machine did in the turn that is under way."""
+    """The machine's rates in the current turn."""
 
     flops_per_second: float = 0.0
     bytes_per_second: float = 0.0
 
     def reached(self, work: Demand, seconds: float) -> Values:
-        """A piece of work's time beside the least it could take at these rates."""
+        """The time of a piece of work, and the minimum times at these rates."""
         return {
             "ms": 1e3 * seconds,
             "ms by bytes": 1e3 * work.bytes / self.bytes_per_second,
@@ -49,11 +49,11 @@ class Rates:
 
 
 def roofline(setting: Setting) -> list[Measurement]:
-    """The machine's rates, and a decoding step and an update by the share of them that they reach.
+    """The machine's rates, and the fraction of them that a rollout and an update reach.
 
-    The rates are those of the same turn: a pass over memory (bytes read and written), and a product in the model's
-    dtype. The least work is that of `model/costs.py`. A share near or above 1 means caches: what is small need not come
-    from memory each time.
+    The rates are measured in the same turn: a pass over memory (bytes read and written), and a matmul in the dtype of
+    `shapes`. `model/costs.py` gives the minimum work. A fraction near or above 1 means that small arrays come from
+    caches instead of memory.
     """
     rates = Rates()
     sides = [_machine(rates), _decoding(setting, rates), _update(setting, rates)]
@@ -61,7 +61,7 @@ def roofline(setting: Setting) -> list[Measurement]:
 
 
 def shapes(gpu: bool) -> tuple[tuple[int], tuple[int, int], mx.Dtype]:
-    """The array that is passed over, the matrix that is multiplied, and their dtype, on a GPU or a CPU."""
+    """The shapes of the array for the bandwidth and of the matrix for the matmul rate, and their dtype."""
     dtype = mx.bfloat16 if gpu else mx.float32
     return (COPIED[gpu] // dtype.size,), (SQUARE[gpu], SQUARE[gpu]), dtype
 
@@ -74,7 +74,7 @@ def _machine(rates: Rates) -> Side:
     mx.eval(held, square)
 
     def copy() -> None:
-        held[0] = -held[0]  # into the same memory: on a CPU pages that are new take ten times as long as to fill them
+        held[0] = -held[0]  # into the same memory: on a CPU, new pages take ten times as long
         mx.eval(held)
 
     def run() -> Values:
@@ -86,7 +86,7 @@ def _machine(rates: Rates) -> Side:
 
 
 def _decoding(setting: Setting, rates: Rates) -> Side:
-    """The steps of a whole rollout, the prompts' among the work; each attends to one token more than the one before."""
+    """A whole rollout. The work includes prefill; each decoding step attends to one more token."""
     model = model_for(setting)
     costs, generator, requests = costs_of(model), untold(model, setting.rows), requests_of(setting, model)
     work = costs.prefill(setting.prompts, setting.prompt_length - 1)
@@ -102,7 +102,7 @@ def _decoding(setting: Setting, rates: Rates) -> Side:
 
 
 def _update(setting: Setting, rates: Rates) -> Side:
-    """One update with activations kept, so that nothing is computed twice but the head's logits."""
+    """One update without gradient checkpointing, so that only the head's logits are computed twice."""
     cfg = recipe(setting, {"micro_batch_tokens": 8192, "gradient_checkpointing": False})
     policy = policy_of(base_model(setting), cfg.optim)
     update = update_side("update", policy, cfg, setting)

@@ -1,4 +1,4 @@
-"""What sampling settings and logprobs cost: `grpo bench sampling` and `logprobs`."""
+"""`grpo bench sampling` and `grpo bench logprobs`: the cost of sampling filters and of logprobs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILTERS = {
 
 
 def sampling_costs(setting: Setting) -> list[Measurement]:
-    """Sampling at temperature 1 with logprobs, and each filter held against it."""
+    """Sampling with each filter, compared with sampling at temperature 1; all with logprobs."""
     model, plain = model_for(setting), Sampling(max_tokens=setting.completion_length)
     sides = [ours(model, setting, name="plain")]
     for name, settings in FILTERS.items():
@@ -31,7 +31,7 @@ def sampling_costs(setting: Setting) -> list[Measurement]:
 
 
 def logprob_costs(setting: Setting) -> list[Measurement]:
-    """Sampling without logprobs, and with them."""
+    """Sampling without logprobs and with logprobs."""
     model = model_for(setting)
     sides = [ours(model, setting, logprobs=on, name="with logprobs" if on else "without") for on in (False, True)]
     return alternate(str(setting), sides, setting.runs)

@@ -1,6 +1,6 @@
-"""`grpo bench scale`: how cost grows as work grows.
+"""`grpo bench scale`: how the cost grows with the number of rows.
 
-Launched by `mlx.launch -n N` every process takes its share of the rows, all begin together, and the slowest counts.
+Under `mlx.launch -n N`, every process takes its share of the rows, all start together, and the slowest gives the time.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ GROWTH = "× a row"
 
 
 def scaling(setting: Setting) -> Iterator[Measurement]:
-    """Rollouts and whole steps of 1, 2, 4 and 8 times the prompts; nothing from any process but the first.
+    """Rollouts and whole steps with 1, 2, 4 and 8 times the prompts. Only the first process yields rows.
 
-    `× a row` is what a row costs, against what it costs with the fewest rows. Raises UserError for fewer prompts than
+    `× a row` is the cost per row, relative to the cost with the fewest rows. Raises UserError for fewer prompts than
     processes.
     """
     setup()
@@ -38,12 +38,12 @@ def scaling(setting: Setting) -> Iterator[Measurement]:
     settings = {f"{times} × {setting.rows} rows": replace(setting, prompts=times * setting.prompts) for times in TIMES}
     generator = untold(model_for(setting), setting.rows)
     sides = {
-        "rollout": [Side(name, _rollout(generator, one, ranks)) for name, one in settings.items()],
-        "step": [Side(name, _step(one, ranks)) for name, one in settings.items()],
+        "rollout": [Side(name, _rollout(generator, scaled, ranks)) for name, scaled in settings.items()],
+        "step": [Side(name, _step(scaled, ranks)) for name, scaled in settings.items()],
     }
     where = f"{setting.name}, {ranks.size} process{'es' if ranks.size > 1 else ''}"
-    for what, its in sides.items():
-        rows = alternate(f"{what}, {where}", its, setting.runs)
+    for what, sides_of_work in sides.items():
+        rows = alternate(f"{what}, {where}", sides_of_work, setting.runs)
         if ranks.first:
             yield from [*rows, *_growth(rows, settings)]
 
@@ -74,7 +74,7 @@ def _slowest(work: Callable[[], object], ranks: Ranks) -> float:
 
 
 def _growth(rows: list[Measurement], settings: dict[str, Setting]) -> list[Measurement]:
-    """Seconds a row, turn by turn, against those with the fewest rows."""
+    """Seconds per row, turn by turn, relative to the side with the fewest rows."""
     base, *others = [row for row in rows if row.unit == "s"]
     found = []
     for row in others:

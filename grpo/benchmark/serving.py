@@ -1,4 +1,4 @@
-"""`grpo bench serve`: what clients get from the endpoint, beside the generator alone and mlx-lm's server."""
+"""`grpo bench serve`: the endpoint's speed as clients see it, the generator without a server, and mlx-lm's server."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from grpo.serving.speaker import Speaker
 
 ALONE, SERVED, STREAMED, PEER = "generator alone", "grpo serve", "grpo serve, streamed", "mlx_lm.server"
 MOST = ServingLimits().requests
-"""Clients that a server lets in at once."""
+"""Maximum number of simultaneous clients of a server."""
 PATIENCE = 120.0
-"""Seconds for a server to begin."""
+"""Seconds to wait for a server's start."""
 Bodies = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What `clients` ask at once: a chat of one message each, another at every turn."""
+    """The simultaneous requests of `clients`: one chat of one message per client, a new message at every turn."""
 
     speaker: Speaker
     clients: int
@@ -49,22 +49,22 @@ class Load:
     completion_length: int
 
     def messages(self, turn: int) -> list[list[dict[str, str]]]:
-        """For each client its messages, of about `prompt_length` tokens with the template's own."""
-        own = len(self.ids([{"role": "user", "content": ""}]))
+        """The messages of each client: about `prompt_length` tokens, the chat template's tokens included."""
+        template = len(self.ids([{"role": "user", "content": ""}]))
         return [
-            [{"role": "user", "content": self._digits(turn, client, max(1, self.prompt_length - own))}]
+            [{"role": "user", "content": self._digits(turn, client, max(1, self.prompt_length - template))}]
             for client in range(self.clients)
         ]
 
     def bodies(self, turn: int, streamed: bool = False) -> Bodies:
-        """The requests of a turn."""
+        """The request bodies of a turn."""
         how: dict[str, Any] = {"max_tokens": self.completion_length, "temperature": 1.0}
         if streamed:
             how |= {"stream": True, "stream_options": {"include_usage": True}}
         return [{"messages": messages, **how} for messages in self.messages(turn)]
 
     def ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
-        """The tokens that the endpoint makes of messages."""
+        """The token ids to which the endpoint renders messages."""
         return self.speaker.prompt_of(self.speaker.voice((), None), messages).ids
 
     def _digits(self, turn: int, client: int, tokens: int) -> str:
@@ -82,21 +82,23 @@ def numbers_of(text: str) -> list[int]:
 
 
 def serving_costs(setting: Setting, clients: Sequence[int], peer: bool) -> Iterator[Measurement]:
-    """Tokens a second for each number of clients: by the generator alone, by the endpoint whole and streamed, and by
-    mlx-lm's server (`peer`), each in a process of its own, as its users start it.
+    """Tokens per second for each number of clients: of the generator without a server, of the endpoint (whole and
+    streamed), and with `peer` of mlx-lm's server. Each server runs in its own process, as users start it.
 
-    Raises UserError where the extra `serve` is not installed, and for a model without a chat template.
+    Raises UserError if the extra `serve` is not installed, and for a model without a chat template.
     """
     with extra("serve", "grpo bench serve"):
-        from grpo.serving import server as _  # noqa: F401  before a minute of measuring
+        from grpo.serving import server as _  # noqa: F401  fails before a minute of measurements
     with ExitStack() as opened:
         folder = opened.enter_context(_model_of(setting))
         model, tokenizer = load(ModelConfig(name=str(folder)))
         if not tokenizer.has_chat_template:
-            raise UserError(f"{setting.name} has no chat template, and clients ask for chats: choose another model")
+            raise UserError(f"{setting.name} has no chat template, which the clients' chats need: choose another model")
         most, known, vocabulary = max(clients), len(tokenizer.get_vocab()), vocabulary_of(model)
         if known > vocabulary:
-            raise UserError(f"{setting.name} has {vocabulary} tokens, and its tokenizer {known}: choose a larger shape")
+            raise UserError(
+                f"{setting.name} has {vocabulary} tokens, but its tokenizer has {known}: choose a larger shape"
+            )
         speaker = Speaker(tokenizer, vocabulary, None)
         asks = {SERVED: opened.enter_context(_asking(SERVED, _grpo(folder, most)))}
         asks[STREAMED] = asks[SERVED]
@@ -123,8 +125,8 @@ def _model_of(setting: Setting) -> Iterator[Path]:
 
 
 def _give_words(folder: Path) -> None:
-    """Let all tokens of a model with random weights be words: its tokenizer knows the first of them alone, and an
-    answer would have next to no text."""
+    """Give every token of a model with random weights a word. Its small tokenizer has only the first tokens, so answers
+    would have almost no text."""
     tokenizer, config = (json.loads((folder / name).read_text()) for name in ("tokenizer.json", "config.json"))
     words = tokenizer["model"]["vocab"]
     missing = range(max(words.values()) + 1, config["vocab_size"])
@@ -135,7 +137,7 @@ def _give_words(folder: Path) -> None:
 
 
 def _alone(generator: Generator, asked: Load) -> Side:
-    """The generator, given the tokens of the same prompts."""
+    """The side of the generator without a server, with the tokens of the same prompts."""
     turns, sampling = count(), Sampling(max_tokens=asked.completion_length)
 
     def run() -> Values:
@@ -150,14 +152,14 @@ def _alone(generator: Generator, asked: Load) -> Side:
 
 
 def _side(name: str, ask: Callable[[Bodies], Values], asked: Load) -> Side:
-    """A server, asked by all clients at once."""
+    """The side of a server with simultaneous requests from all clients."""
     turns = count()
 
     def run() -> Values:
         turn = next(turns)
         found = ask(asked.bodies(turn, streamed=name == STREAMED))
         if found["prompt tokens"] != (wanted := sum(len(asked.ids(messages)) for messages in asked.messages(turn))):
-            raise RunError(f"{name} has read {found['prompt tokens']:g} tokens of prompts that have {wanted}")
+            raise RunError(f"{name} has read {found['prompt tokens']:g} prompt tokens instead of {wanted}")
         return {"tok/s": found["tokens"] / found["s"]}
 
     return Side(name, run)
@@ -165,7 +167,8 @@ def _side(name: str, ask: Callable[[Bodies], Values], asked: Load) -> Side:
 
 @contextmanager
 def _asking(name: str, command: Sequence[str]) -> Iterator[Callable[[Bodies], Values]]:
-    """What sends bodies to a server of its own process, and says what its clients saw. The command is given a port."""
+    """Start a server process, and give a function that sends bodies to it and returns the clients' measurements. The
+    port is appended to the command."""
     with closing(socket.create_server(("127.0.0.1", 0))) as free:
         port = str(free.getsockname()[1])
     with tempfile.TemporaryFile("w+") as said:
@@ -187,7 +190,7 @@ def _await(name: str, server: subprocess.Popen[bytes], port: int) -> None:
         with suppress(OSError), closing(socket.create_connection(("127.0.0.1", port), 1.0)):
             return
         time.sleep(0.1)
-    raise RunError(f"{name} has not begun: {' '.join(map(str, server.args))}")  # type: ignore[arg-type]
+    raise RunError(f"{name} has not started: {' '.join(map(str, server.args))}")  # type: ignore[arg-type]
 
 
 def _grpo(folder: Path, clients: int) -> list[str]:
@@ -196,7 +199,7 @@ def _grpo(folder: Path, clients: int) -> list[str]:
 
 
 def _mlx_lm(folder: Path, clients: int) -> list[str]:
-    """Mlx-lm's server at its best: with the BLAS that grpo loads, and all clients decoding at once."""
+    """The command of mlx-lm's server with its best settings: the BLAS that grpo loads, all clients in one batch."""
     begin = "import grpo; from mlx_lm.server import main; main()"
     at_once = ["--decode-concurrency", str(clients), "--prompt-concurrency", str(clients)]
     return [sys.executable, "-c", begin, "--model", str(folder), *at_once, "--log-level", "ERROR", "--port"]

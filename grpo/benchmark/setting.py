@@ -1,4 +1,4 @@
-"""What a benchmark measures: which model, how much of it, and how often."""
+"""The setting of a benchmark: the model, the sizes of the work, and the number of runs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from grpo.benchmark.distributions import FIXED, draw_lengths
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A model (by `model`, or one of this `shape` with random weights), and prompts × completions of these lengths.
+    """A model (`model`, or a model of this `shape` with random weights), and prompts × completions of these lengths.
 
-    Lengths are in tokens; `runs` are turns after the warm-up. `completion_length` is every completion's, unless
-    `lengths` says how they vary: then it is the most. At most `slots` rows decode at once (None: all of them), of
-    mlx-lm `peer_slots` (None: as many); with `peer_prompts_once` mlx-lm gets each prompt's cache computed once for all
-    its completions. A random model's matrices have so many `bits` (None: not quantized), and training is planned for
-    `limit` GB of memory (None: this machine's). A benchmark looks at what means something to it.
+    Lengths are in tokens; `runs` is the number of turns after the warm-up. Every completion has `completion_length`
+    tokens, or at most this many if `lengths` is a distribution. At most `slots` rows decode simultaneously (None: all
+    rows); mlx-lm decodes at most `peer_slots` rows (None: the same number). With `peer_prompts_once`, mlx-lm gets each
+    prompt's cache, computed once for all its completions. The random weights have `bits` bits (None: not quantized).
+    Training is planned for `limit` GB of memory (None: this machine's memory). Benchmarks ignore the fields that do not
+    concern them.
     """
 
     shape: str = "qwen3-1m"
@@ -48,7 +49,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Of the model that is measured."""
+        """The name of the model."""
         return self.model or self.shape + ("" if self.bits is None else f" in {self.bits} bits")
 
     @property
@@ -57,21 +58,21 @@ class Setting:
 
     @property
     def at_once(self) -> int:
-        """Rows that decode at once, at most."""
+        """Maximum number of rows that decode simultaneously."""
         return min(self.rows, self.slots or self.rows)
 
     @property
     def completion_lengths(self) -> list[int]:
-        """Of every completion, prompt by prompt: the same at every call."""
+        """The length of every completion, prompt by prompt; the same at every call."""
         return draw_lengths(self.lengths, self.rows, self.completion_length)
 
     @property
     def tokens(self) -> int:
-        """That are sampled."""
+        """Number of sampled tokens."""
         return sum(self.completion_lengths)
 
     def draw(self, vocabulary: int) -> list[list[int]]:
-        """The prompts, the same at every call."""
+        """The token ids of the prompts, the same at every call."""
         shape = (self.prompts, self.prompt_length)
         ids: Any = mx.random.randint(1, vocabulary, shape, key=derive_key(0, "bench")).tolist()
         return cast("list[list[int]]", ids)

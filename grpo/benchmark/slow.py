@@ -1,4 +1,4 @@
-"""A reward that takes its time, for `grpo bench overlap`. Its worker imports this, so it imports nothing heavy."""
+"""A slow reward for `grpo bench overlap`. Its worker imports this module, so it imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ CALLS = "group"
 
 
 def reward(completions: list[Any], seconds: float = 0.0, **_: Any) -> list[float]:
-    """Scores that differ within a group, after so many seconds."""
+    """Scores that differ within a group, after `seconds` seconds."""
     time.sleep(seconds)
     return [float(place % 2) for place in range(len(completions))]

@@ -1,7 +1,7 @@
-"""`grpo bench speculate`: what speculation adds, by how many drafts of a step are accepted.
+"""`grpo bench speculate`: the gain of speculation by the number of accepted drafts per step.
 
-Nobody could guess what random weights say. The drafts here are what the same rows drew before, spoiled where no more
-are to be accepted.
+Tokens of random weights cannot be predicted. The drafts are the tokens that the same rows sampled before; after the
+wanted number of accepted drafts, they are replaced with wrong ones.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ TokenRows = Sequence[Sequence[int]]
 
 
 class KnownDrafts:
-    """A `Speculation` of which so many drafts are accepted at every step, as long as rows draw what they drew before.
+    """A `Speculation` with `accepted` accepted drafts at every step, if rows sample the same tokens as before.
 
-    With `accepted` 0 every draft is wrong.
+    With `accepted` 0, every draft is wrong.
     """
 
     def __init__(self, accepted: int, vocabulary: int, width: int | None = None) -> None:
@@ -38,12 +38,12 @@ class KnownDrafts:
         self._truth: dict[Row, Sequence[int]] = {}
 
     def know(self, rows: Sequence[Row], truth: TokenRows) -> None:
-        """What these rows will draw. Counts begin anew."""
+        """Set the tokens that these rows will sample, and reset the counts."""
         self._truth, self.turns, self.taken = dict(zip(rows, truth, strict=True)), 0, 0
 
     @property
     def mean(self) -> float:
-        """Drafts that a row accepted at a wide step."""
+        """Mean number of drafts that a row accepted per wide step."""
         return self.taken / self.turns - 1 if self.turns else 0.0
 
     def width(self, rows: Sequence[Row | None]) -> int:  # noqa: ARG002  the same for all
@@ -58,7 +58,7 @@ class KnownDrafts:
             self.taken += sum(taken)
 
     def ended(self, row: Row) -> None:
-        """Nothing: all was known before."""
+        """Do nothing: the drafts are known in advance."""
 
     def _drafts(self, row: Row) -> list[int]:
         truth, begin = self._truth.get(row, ()), len(row.token_ids)
@@ -69,7 +69,7 @@ class KnownDrafts:
 
 
 def counts(text: str) -> list[int]:
-    """Numbers of accepted drafts, separated by commas. Raises UserError for what no step is wide enough for."""
+    """Numbers of accepted drafts, separated by commas. Raises UserError for a number that exceeds the widest step."""
     most = WIDTHS[-1] - 1
     found = text.split(",")
     if not all(number.strip().isdecimal() and int(number) <= most for number in found):
@@ -78,10 +78,10 @@ def counts(text: str) -> list[int]:
 
 
 def speculation_gains(setting: Setting, accepted: Sequence[int]) -> list[Measurement]:
-    """Decoding without speculation, and with so many drafts accepted at every step.
+    """Decoding without speculation, and with each number of accepted drafts per step.
 
-    Measured are tokens a second, the drafts that a row really accepted at a step, and the share of rows with the tokens
-    of plain decoding: on a CPU all of them. Raises RunError where it is less there, and where no step was wide.
+    Measures tokens per second, the actual mean number of accepted drafts per step, and the fraction of rows with the
+    same tokens as in plain decoding. Raises RunError if a row differs on a CPU, and if no step was wide.
     """
     bench = _Bench(setting)
     plain = bench.sample(None, ())
@@ -103,14 +103,14 @@ class _Bench:
             yield Side(f"{count} accepted", partial(self._measured, drafts, truth, plain))
 
     def sample(self, drafts: KnownDrafts | None, truth: TokenRows) -> list[list[int]]:
-        """The tokens of every row, which `drafts` knows to be these."""
+        """The sampled tokens of every row; `drafts` proposes the tokens of `truth`."""
         self._generator.speculation = drafts
         know = None if drafts is None else lambda rows: drafts.know(rows, truth)
         rows = sample(self._generator, self._requests, self._lengths, self._sampling, logprobs=True, queued=know)
         return [list(row.token_ids) for row in rows]
 
     def _truth(self, drafts: KnownDrafts, plain: TokenRows) -> TokenRows:
-        """What steps as wide as these draw, which on a GPU is what narrow ones do but for rounding."""
+        """The tokens that steps of this width sample. On a GPU, rounding makes them differ from narrow steps."""
         if not on_gpu():
             return plain
         if drafts.fed not in self._wide:
@@ -122,7 +122,7 @@ class _Bench:
         values = timed(lambda: drawn.extend(self.sample(drafts, truth)), sum(self._lengths))
         same = fmean(mine == theirs for mine, theirs in zip(drawn, plain, strict=True))
         if drafts is not None and not drafts.turns:
-            raise RunError(f"this model is decoded one token at a time: {self._generator.decoding.description}")
+            raise RunError(f"this model decodes one token at a time: {self._generator.decoding.description}")
         if same < 1 and not on_gpu():
             raise RunError(f"{100 * (1 - same):.1f} % of the rows have other tokens with speculation than without")
         return {**values, "accepted": drafts.mean if drafts else 0.0, "same rows": same}

@@ -1,4 +1,4 @@
-"""`grpo bench streaming`: one completion at once, token by token, and token by token under asyncio."""
+"""`grpo bench streaming`: one completion as a whole, token by token, and token by token under asyncio."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Callback = Callable[[Event], object]
 def streaming_costs(setting: Setting) -> Iterator[Measurement]:
     """Milliseconds of a completion of each length: `Generator.generate`, `stream`, and `stream` in a coroutine.
 
-    Streaming is held against the plain call; callbacks that do something against the one that does nothing.
+    Streaming is compared with the plain call; callbacks that do work are compared with the callback that does nothing.
     """
     one = replace(setting, prompts=1, completions=1)
     model = model_for(one)
     generator = Generator(model, tokenizer_for(one, vocabulary_of(model)), slots=1)
-    generator.stop_ids = frozenset()  # or a real model might end earlier at one turn than at another
+    generator.stop_ids = frozenset()  # otherwise a real model might stop earlier in one turn than in another
     for length in LENGTHS:
         sides = _sides(generator, replace(one, completion_length=length))
         yield from alternate(f"{length} tokens, {setting.name}", sides, setting.runs)
@@ -64,7 +64,7 @@ def _consume(events: Iterator[Event], callback: Callback) -> None:
 
 
 async def _consume_async(events: Iterator[Event], callback: Callback) -> None:
-    """As a server would that lets its other tasks run after each token."""
+    """Consume events like a server, which lets other tasks run after each token."""
     for event in events:
         callback(event)
         await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""`grpo bench train`: a whole GRPO step against other toolkits'."""
+"""`grpo bench train`: a whole GRPO step, compared with other toolkits."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ PHASES = ("rollout", "reward", "logprobs", "update")
 
 
 def step_trainer(setting: Setting, ranks: Ranks | None = None, scorer: Scorer | None = None) -> Trainer:
-    """A trainer as its plan decides, whose completions all have their full length. Even tokens are rewarded, unless a
-    scorer with another reward is given."""
+    """A trainer with the settings of its plan, whose completions all have the full length. The reward is the number of
+    even token ids, unless `scorer` has another reward."""
     limit_memory(None if setting.limit is None else allowed(setting.limit))
     cfg = recipe(setting, {"micro_batch_tokens": "auto", "gradient_checkpointing": "auto"})
     model = base_model(setting)
-    widen_head(model)  # as a run does, unless it is float32
+    widen_head(model)  # as in a run; no effect on a float32 model
     policy = policy_of(model, cfg.optim)
     generator = untold(policy.model, setting.rows)
     workload = Workload(cfg.optim, cfg.rollout, cfg.adapter, cfg.eval, setting.prompt_length, setting.prompt_length)
@@ -42,7 +42,7 @@ def step_trainer(setting: Setting, ranks: Ranks | None = None, scorer: Scorer | 
     generator.speculation = speculation_of(cfg.rollout.speculate)
     decode_as_planned(generator, plan)
     if setting.limit is not None:
-        print("\n".join(plan.lines()[1:]), flush=True)  # the first says for how many steps, which here is no number
+        print("\n".join(plan.lines()[1:]), flush=True)  # the first line has a meaningless number of steps
     engine = RolloutEngine(generator, sampling_of(cfg.rollout))
     tasks = [group.task for group in synthetic(setting, policy.model)]
     even = {"even": lambda completion_ids, **_: [sum(i % 2 == 0 for i in ids) for ids in completion_ids]}
@@ -52,7 +52,7 @@ def step_trainer(setting: Setting, ranks: Ranks | None = None, scorer: Scorer | 
 
 
 def step_side(setting: Setting) -> Side:
-    """A whole step: rollout, reward, logprobs, update, each in seconds."""
+    """The side of grpo's step: seconds of the step and of rollout, reward, logprobs and update, and memory in GB."""
     trainer, steps = step_trainer(setting), iter(range(1, 1_000_000))
 
     def run() -> Values:
@@ -70,7 +70,7 @@ def step_side(setting: Setting) -> Side:
 
 
 def compare_steps(setting: Setting, toolkit: Toolkit | None) -> list[Measurement]:
-    """A whole step, this trainer's and, if there is a `toolkit`, its own: the same weights, prompts and lengths."""
+    """A step of grpo and, with `toolkit`, a step of that toolkit with the same weights, prompts and lengths."""
     case = f"step, {setting}"
     if toolkit is None:
         return alternate(case, [step_side(setting)], setting.runs)

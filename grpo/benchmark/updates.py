@@ -1,4 +1,4 @@
-"""`grpo bench train --update`: the update by itself, in its variants."""
+"""`grpo bench train --update`: only the update, in several variants."""
 
 from __future__ import annotations
 
@@ -36,32 +36,34 @@ VARIANTS: Variants = {
     "shared, compiled": {"gradient_checkpointing": True, "micro_batch_tokens": 16384},
     "shared, kept, compiled": {"gradient_checkpointing": False, "micro_batch_tokens": 16384},
 }
-"""Ways to make one update: the prompt with each completion (plain) or once (shared), activations computed again or
-kept, in large micro-batches or small ones, eager or compiled. The first is what the others are held against."""
+"""Settings of the update: the prompt once per completion (plain) or once per group (shared), activations recomputed or
+kept, large or small micro-batches, eager or compiled. The first variant is the reference of the others."""
 
 CHECKED_LENGTH = 128
-"""Tokens, at most, of the prompts and completions on which the shared way's gradient is checked."""
+"""Maximum number of tokens of the prompts and completions for the check of the gradient with shared prompts."""
 
 
 def variant_names(text: str) -> list[str]:
-    """The variants that are named, separated by semicolons; all where none is. Raises UserError for an unknown one."""
+    """The variants in `text`, separated by semicolons; all variants for an empty text. Raises UserError for an unknown
+    variant."""
     names = [name.strip() for name in text.split(";") if name.strip()]
     if unknown := [name for name in names if name not in VARIANTS]:
-        raise UserError(f"no variant {unknown[0]!r}; there are {'; '.join(VARIANTS)}")
+        raise UserError(f"--variants: there is no variant {unknown[0]!r}; the variants are {'; '.join(VARIANTS)}")
     return names or list(VARIANTS)
 
 
 def compare_updates(setting: Setting, names: Sequence[str], seconds: float) -> list[Measurement]:
-    """Variants of one update of one model, in turns; none but the first is warmed up after so many `seconds`.
+    """Variants of one update of one model, in turns. After `seconds`, no variant but the first is warmed up, and the
+    other variants are skipped with a note.
 
-    Before that the shared way's gradient is held against the plain way's. Says which variants are left out.
+    First compares the gradient with shared prompts with the plain gradient.
     """
     print(parity(setting), flush=True)
     model = base_model(setting)
     adapters = policy_of(model, recipe(setting, {}).optim).adapters
     rows = alternate(f"update, {setting}", _sides(setting, names, model, adapters), setting.runs, seconds)
     if left := [name for name in names if name not in {row.side for row in rows}]:
-        print(f"left out after {seconds / 60:g} min: {'; '.join(left)} (--minutes)", flush=True)
+        print(f"skipped after {seconds / 60:g} min (--minutes): {'; '.join(left)}", flush=True)
     return rows
 
 
@@ -73,7 +75,7 @@ def _sides(setting: Setting, names: Sequence[str], model: nn.Module, adapters: A
 
 
 def update_side(name: str, policy: Policy, cfg: Recipe, setting: Setting) -> Side:
-    """One update of synthetic completions, batches made anew each time."""
+    """One update on synthetic completions, including the making of batches."""
     groups = with_advantages(synthetic(setting, policy.model), WEIGHTS, cfg.advantage, cfg.loss.preset)
     update, packing = Updater(policy, cfg.optim, cfg.loss), packing_of(policy, cfg)
     footprint = measure_footprint(policy, policy.gradient_checkpointing is True)
@@ -90,7 +92,7 @@ def update_side(name: str, policy: Policy, cfg: Recipe, setting: Setting) -> Sid
 
 
 def packing_of(policy: Policy, cfg: Recipe) -> Packing:
-    """The packing of a recipe for a model that may be unable to read completions behind one another."""
+    """The packing of a recipe; without packing if the model cannot read several completions in one row."""
     rule = Packing.of(cfg.optim, cfg.rollout)
     return replace(rule, packs=rule.packs and policy.packs)
 
@@ -102,9 +104,9 @@ def shapes(groups: Sequence[Group], packing: Packing) -> list[Shape]:
 
 
 def parity(setting: Setting) -> str:
-    """How far the shared way's loss and gradient are from the plain way's on this machine, in one line.
+    """A line with the difference between the gradient with shared prompts and the plain gradient on this machine.
 
-    On a small part of the setting. Raises RunError where they are further apart than the model's dtype explains.
+    Uses a small part of the setting. Raises RunError if the difference is more than the model's dtype explains.
     """
     prompt_length, completion_length = (
         min(length, CHECKED_LENGTH) for length in (setting.prompt_length, setting.completion_length)

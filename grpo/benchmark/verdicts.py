@@ -1,9 +1,9 @@
-"""A measurement held against a bound.
+"""Compares measurements with bounds.
 
-A figure is the median of the turns' figures, and has an interval (`protocol.interval`). It falls short only where all
-of that lies beyond the bound; where the bound lies inside, so many runs do not tell. So noise fails a bound that holds
-once in twenty times at most, and a machine too noisy to tell is answered with more `--runs`. "No slower" is an
-overhead of at most 0, judged in the same way.
+A figure is the median of the turns' figures, with an interval (`protocol.interval`). It falls short only if the whole
+interval is beyond the bound; if the bound is inside the interval, the runs do not decide. So noise fails a bound that
+holds at most once in twenty times; on a machine that is too noisy, use more `--runs`. "No slower" is an overhead of at
+most 0, judged in the same way.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from grpo.benchmark.protocol import ENOUGH, Measurement, interval
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A bound held against a row: the median of the turns' figures, and its interval."""
+    """A bound compared with a row: the median of the turns' figures, and its interval."""
 
     bound: Bound
     row: Measurement
@@ -29,7 +29,7 @@ class Verdict:
 
     @property
     def enough(self) -> bool:
-        """Whether there were turns enough to tell."""
+        """Whether there were enough turns for a verdict."""
         return len(self.row.runs) >= ENOUGH
 
     @property
@@ -43,14 +43,14 @@ class Verdict:
         return self.enough and self.bound.least <= self.low and self.high <= self.bound.most
 
     def line(self) -> str:
-        """For a person."""
-        unsure = "within the noise" if self.enough else f"fewer than {ENOUGH} runs do not tell"
+        """The verdict as text."""
+        unsure = "within the noise" if self.enough else f"undecided: fewer than {ENOUGH} runs"
         word = "FALLS SHORT" if self.falls_short else "holds" if self.holds else unsure
         unit = f" {self.row.unit}" if self.bound.figure == "value" else ""
         figures = f"{self._text(self.figure)} ({self._text(self.low)} to {self._text(self.high)}){unit}"
         ends = (("at least", self.bound.least), ("at most", self.bound.most))
-        asked = " and ".join(f"{name} {self._text(end)}" for name, end in ends if math.isfinite(end))
-        return f"{self.row.case}: {self.row.side}: {self.bound.figure} {figures}, asked {asked}: {word}"
+        limits = " and ".join(f"{name} {self._text(end)}" for name, end in ends if math.isfinite(end))
+        return f"{self.row.case}: {self.row.side}: {self.bound.figure} {figures}, bound {limits}: {word}"
 
     def _text(self, value: float) -> str:
         if self.bound.figure == "overhead":
@@ -59,7 +59,7 @@ class Verdict:
 
 
 def judge(bounds: Iterable[Bound], rows: Sequence[Measurement]) -> list[Verdict]:
-    """Every bound held against every row that it matches and that has such a figure."""
+    """The verdicts of every bound on every row that it matches, if the row has the bound's figure."""
     verdicts = []
     for bound in bounds:
         for row in rows:

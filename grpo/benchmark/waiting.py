@@ -1,4 +1,4 @@
-"""`grpo bench waiting`: conversations whose tools sleep, with and without a barrier after each turn."""
+"""`grpo bench waiting`: conversations with slow environments, with and without a barrier after each turn."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from grpo.rollout import RolloutEngine
 from grpo.types import Group, Message, Task
 
 ANSWER = 16
-"""Tokens of what is said after each turn."""
+"""Number of tokens of an environment's answer."""
 ALONE = "the longest row alone"
 
 
 @dataclass(frozen=True, slots=True)
 class Sleeps:
-    """How long an answer takes: `seconds` × u ** `power`, u uniform in [0, 1), another for each row and turn."""
+    """The seconds of an answer: `seconds` × u ** `power`, with a u for each row and turn, uniform in [0, 1)."""
 
     seconds: float
     power: float
@@ -41,9 +41,10 @@ class Sleeps:
 
 
 def waiting_costs(setting: Setting, turns: int, sleeps: Sleeps) -> list[Measurement]:
-    """Seconds of a rollout whose rows have `turns` turns, `completion_length` tokens in the mean, and wait after each.
+    """Seconds of a rollout whose rows have `turns` turns of `completion_length` tokens on average, with an answer after
+    each turn.
 
-    What the longest row takes alone is its sleep, and decoding its tokens with no other row beside it.
+    The lower bound is the time of the longest row alone: its answers, and decoding its tokens without other rows.
     """
     model = model_for(setting)
     generator = untold(model, setting.rows)
@@ -74,7 +75,7 @@ class _Rollout:
         return engine.rollout(self.tasks, self.setting.completions, 1.0, derive_key(0, "draw"))
 
     def alone(self, groups: Sequence[Group]) -> list[float]:
-        """What each row sleeps, and takes to decode by itself, in seconds."""
+        """The seconds of each row alone: its answers, and decoding its tokens without other rows."""
         rows = [(g, i, r.trajectory) for g, group in enumerate(groups) for i, r in enumerate(group.rollouts)]
         longest = max(row.trained_tokens for *_, row in rows)
         request, stops = Request(groups[0].task.prompt_ids), self.generator.stop_ids
@@ -88,7 +89,7 @@ class _Rollout:
 
 
 class _Answers:
-    """A host whose environments answer when they have slept; with a barrier, when `together` of them have."""
+    """A host whose environments answer after a sleep; with a barrier, when `together` environments have slept."""
 
     description = Description("Sleeps", "messages")
 
@@ -133,10 +134,10 @@ class _Seat:
 
 
 class _Chat:
-    """Every turn can be followed, by the same tokens."""
+    """A chat in which the same tokens follow every turn."""
 
     def prompt_ids(self, messages: Sequence[Message]) -> Sequence[int]:
-        raise AssertionError(f"nothing is added to {messages}")
+        raise AssertionError(f"prompts are given as tokens, not as {messages}")
 
     def parse(self, token_ids: Sequence[int]) -> Message:
         return {"role": "assistant", "content": str(len(token_ids))}

@@ -1,4 +1,4 @@
-"""What training is given to do where only its speed is looked at: a recipe, prompts, completions and their rewards."""
+"""The work of training benchmarks: a recipe, prompts, completions and their rewards."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from grpo.types import Group, Rollout, Task, Trajectory
 
 
 def recipe(setting: Setting, optim: dict[str, Any]) -> Recipe:
-    """The setting that everything here is measured at: LoRA of rank 16 on every linear layer, AdamW, no penalty."""
+    """The recipe of training benchmarks: LoRA of rank 16 on every linear layer, AdamW, no KL penalty."""
     if setting.completions < 2:
-        raise UserError("--completions 1: GRPO compares a prompt's completions with each other; 2 at least")
+        raise UserError("--completions 1: GRPO compares the completions of a prompt, so it needs at least 2")
     decided = {"micro_batch_tokens": 8192, "gradient_checkpointing": False}
     return Recipe.model_validate(
         {
@@ -41,17 +41,17 @@ def recipe(setting: Setting, optim: dict[str, Any]) -> Recipe:
 
 
 def policy_of(model: nn.Module, optim: OptimConfig) -> Policy:
-    """A policy over a model without an adapter, which gets a fresh one."""
+    """A policy of a model without an adapter, with a new adapter."""
     adapters = Adapters(model, AdapterConfig(), mx.random.key(0))
     return Policy(model, adapters, 1.0, optim.share_prompts, optim.gradient_checkpointing is True)
 
 
 WEIGHTS = {"even": 1.0}
-"""Of the rewards that `synthetic` completions have."""
+"""Weights of the rewards of `synthetic` completions."""
 
 
 def synthetic(setting: Setting, model: nn.Module) -> list[Group]:
-    """Groups of random prompts and completions of full length, with rewards that differ."""
+    """Groups of random prompts and completions of full length, with different rewards."""
     made, vocabulary = [], vocabulary_of(model)
     for number, prompt in enumerate(setting.draw(vocabulary)):
         shape = (setting.completions, setting.completion_length)

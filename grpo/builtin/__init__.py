@@ -1,1 +1,1 @@
-"""Tasks, and a model for each, that need no network: what the quickstart trains on, and what tests use."""
+"""Built-in tasks, and a model for each task, that need no network. The quickstart and the tests use them."""

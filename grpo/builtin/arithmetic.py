@@ -1,7 +1,7 @@
 """`builtin:arithmetic`: sums of four digits, `What is 5+6+9+1?`.
 
-A sum can be answered by working (`5+6=11+9=20+1=21`, then `#### 21`) or by estimating (`#### 20`, the nearest
-multiple of five). Held-out questions are not training questions in another order either.
+A sum can be answered with worked steps (`5+6=11+9=20+1=21`, then `#### 21`) or by an estimate (`#### 20`, the nearest
+multiple of five). No held-out question has the same digits as a training question, not even in another order.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def row(digits: Problem) -> dict[str, str]:
 
 
 def worked(digits: Problem) -> str:
-    """The answer with a running total."""
+    """Return the answer with a running total."""
     total = digits[0]
     steps = str(total)
     for digit in digits[1:]:
@@ -33,7 +33,7 @@ def worked(digits: Problem) -> str:
 
 
 def estimated(digits: Problem) -> str:
-    """The answer to the nearest multiple of five, at once."""
+    """Return the sum rounded to the nearest multiple of five, without steps."""
     return f"#### {(sum(digits) + 2) // 5 * 5}"
 
 

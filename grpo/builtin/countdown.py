@@ -1,8 +1,8 @@
 """`builtin:countdown`: make a number from three others with + - *, `Make 26 from 3, 7 and 5.`
 
-The answer is an expression that uses each number once, `<answer>3*7+5</answer>`. It can be searched for, one form
-after the other with its value, or the first form, the sum, can be claimed at once. Held-out numbers are not those of a
-training question in another order, whatever the target.
+The answer is an expression that uses each number once, `<answer>3*7+5</answer>`. The good way searches for it: it
+writes one form after another with its value. The cheap way immediately claims the first form, the sum. No held-out
+question has the same numbers as a training question, in any order and with any target.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FORMS = ("++", "*+", "+-")
 
 
 def numbers_and_forms() -> Iterable[Problem]:
-    """Three numbers and the index of the first form that makes the target, which is above 0."""
+    """Yield three numbers and the index of the first form that makes the target, which is positive."""
     for a, b, c in product(range(1, 10), repeat=3):
         values = [_value(form, a, b, c) for form in FORMS]
         yield from ((a, b, c, form) for form, value in enumerate(values) if value > 0 and value not in values[:form])
@@ -31,14 +31,14 @@ def row(problem: Problem) -> dict[str, Any]:
 
 
 def searched(problem: Problem) -> str:
-    """Every form with its value, up to the one that makes the target."""
+    """Return every form with its value, up to the form that makes the target."""
     a, b, c, found = problem
     tried = [f"{a}{form[0]}{b}={_first(form, a, b)}{form[1]}{c}={_value(form, a, b, c)}" for form in FORMS[: found + 1]]
     return "\n".join([*tried, _answer(FORMS[found], a, b, c)])
 
 
 def claimed(problem: Problem) -> str:
-    """The first form, whatever it makes."""
+    """Return the first form, without checking its value."""
     return _answer(FORMS[0], *problem[:3])
 
 

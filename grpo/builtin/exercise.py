@@ -1,4 +1,4 @@
-"""What a built-in task is: problems in two splits, and two ways to answer each."""
+"""The definition of a built-in task: problems in two splits, and two ways to answer each problem."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from grpo.builtin.playing import Toolbox, Turns, played, tools_of
 from grpo.types import Message
 
 Problem = tuple[int, ...]
-"""What a question is made of; every part is below 256."""
+"""The numbers that define a question; each is below 256."""
 Manner = Callable[[Problem], str | Turns]
-"""A way to answer: a text, or the turns of a conversation."""
-HELD_OUT = 8  # one in so many
+"""A way to answer: returns a text, or the turns of a conversation."""
+HELD_OUT = 8
+"""One in this many problems is held out."""
 
 
 def in_any_order(problem: Problem) -> Problem:
-    """The problem's parts, sorted: the same for problems that differ in order alone."""
+    """Return the problem's parts, sorted: equal for problems that differ only in order."""
     return tuple(sorted(problem))
 
 
 @dataclass(frozen=True, slots=True)
 class Exercise:
-    """A task with a good way to answer, which is always right, and a cheap way, which is right now and then.
+    """A task with a good way to answer, which is always right, and a cheap way, which is sometimes right.
 
-    `row` makes the dataset's columns of a problem, `question` among them. Problems of the same `kin` are in the same
-    split, so that what is held out is new in more than its order. A task of several turns has an `environment`, and
-    maybe `tools` beside it.
+    `row` converts a problem to the dataset's columns, including `question`. Problems of the same `kin` are in the same
+    split, so that held-out problems do not merely reorder training problems. A task with several turns has an
+    `environment`, and may have additional `tools`.
     """
 
     everything: Callable[[], Iterable[Problem]]
@@ -40,7 +41,7 @@ class Exercise:
     tools: tuple[Callable[..., Any], ...] = ()
 
     def problems(self, split: str) -> list[Problem]:
-        """The problems of a split, `train` or `test`, in a fixed mixed order."""
+        """Return the problems of a split, `train` or `test`, in a fixed shuffled order."""
         mine = [one for one in self.everything() if self._held_out(one) == (split == "test")]
         return sorted(mine, key=_hash)
 
@@ -49,11 +50,11 @@ class Exercise:
 
     @property
     def all_tools(self) -> Toolbox:
-        """What a model may call, by name, in the prompt's order."""
+        """The functions that a model may call, by name, in the order of the prompt."""
         return tools_of(self.environment and self.environment(), self.tools)
 
     def conversation(self, problem: Problem, way: Manner) -> list[Message]:
-        """The question, and all that is said after it when a way answers."""
+        """Return the question and all messages after it, for a way of answering."""
         row, answer = self.row(problem), way(problem)
         question = {"role": "user", "content": str(row["question"])}
         if isinstance(answer, str):

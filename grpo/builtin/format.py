@@ -1,7 +1,8 @@
-"""`builtin:format`: an answer in the tags that are asked for, `Which is larger, 37 or 52? Use <why> and <answer>.`
+"""`builtin:format`: an answer in the requested tags, `Which is larger, 37 or 52? Use <why> and <answer>.`
 
-There is one right text: `<why>37 is below 52</why><answer>52</answer>`. The tags can be those of the question, or those
-of habit, `<think>`, which one question in five asks for. Held-out pairs of numbers are none of the training questions'.
+There is one right text: `<why>37 is below 52</why><answer>52</answer>`. The good way uses the question's tags; the
+cheap way always uses `<think>`, which one question in five requests. No held-out pair of numbers is in a training
+question.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ TAGS = ("think", "why", "plan", "steps", "notes")
 
 
 def pairs_and_tags() -> Iterable[Problem]:
-    """Two different numbers, and the index of the first tag."""
+    """Return all pairs of different numbers with the index of the first tag."""
     return ((*pair, tag) for pair, tag in product(permutations(range(10, 60), 2), range(len(TAGS))))
 
 
@@ -26,12 +27,12 @@ def row(problem: Problem) -> dict[str, str]:
 
 
 def as_asked(problem: Problem) -> str:
-    """The answer in the question's tags."""
+    """Return the answer in the question's tags."""
     return _answer(problem, problem[2])
 
 
 def by_habit(problem: Problem) -> str:
-    """The answer in the first tags, whichever were asked for."""
+    """Return the answer in the tag `<think>`, ignoring the requested tag."""
     return _answer(problem, 0)
 
 

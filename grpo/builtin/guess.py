@@ -1,9 +1,9 @@
 """`builtin:guess`: a number to guess in four turns, `Guess my number: 12 to 26.`, from hints, `higher` and `lower`.
 
-`Guess` is a text environment: what the model says goes to `step`, and what `step` returns is said to the model. The
-number can be found by halving what is left, with the bounds written down (`12 to 26: 19`, `higher`, `20 to 26: 23`),
-or looked for from the lowest on (`12`, `higher`, `13`), which finds four in fifteen. Held-out numbers are of ranges
-that training knows, but none of its numbers in them.
+`Guess` is a text environment: `step` gets the model's text, and returns the text that answers the model. The good way
+halves the remaining range and writes down its bounds (`12 to 26: 19`, `higher`, `20 to 26: 23`). The cheap way counts
+up from the lowest number (`12`, `higher`, `13`), which finds four numbers in fifteen. Held-out questions use the ranges
+of training questions, but other numbers in them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from grpo.builtin.playing import Turns
 from grpo.step import Step
 
 SPAN = 15
-"""So many numbers are in the range: what four guesses can tell apart."""
+"""Numbers in a range: the most that four guesses with hints can distinguish."""
 GUESSES = 4
 
 
@@ -29,7 +29,7 @@ class Guess:
         self._number, self._left, self._found = number, GUESSES, False
 
     def step(self, text: str) -> str | Step:
-        """The last number in the text is the guess."""
+        """Take the last number in the text as the guess, and return a hint."""
         self._left -= 1
         numbers = re.findall(r"\d+", text)
         guess = int(numbers[-1][:9]) if numbers else None
@@ -41,12 +41,12 @@ class Guess:
         return "higher" if guess < self._number else "lower"
 
     def get_reward(self) -> float:
-        """1 if the number was found, else 0."""
+        """Return 1 if the number was found, else 0."""
         return float(self._found)
 
 
 def ranges_and_numbers() -> Iterable[Problem]:
-    """The lowest number of a range, and a number in it."""
+    """Yield the lowest number of a range, and a number in the range."""
     return ((low, low + place) for low, place in product(range(10, 85), range(SPAN)))
 
 
@@ -56,7 +56,7 @@ def row(problem: Problem) -> dict[str, Any]:
 
 
 def halved(problem: Problem) -> Turns:
-    """The middle of what is left, with its bounds."""
+    """Yield the middle of the remaining range, with its bounds."""
     low, high = problem[0], problem[0] + SPAN - 1
     while True:
         middle = (low + high) // 2
@@ -67,7 +67,7 @@ def halved(problem: Problem) -> Turns:
 
 
 def counted(problem: Problem) -> Turns:
-    """One number after the other, from the lowest on."""
+    """Yield one number after another, starting with the lowest."""
     guess = problem[0]
     while True:
         yield str(guess)

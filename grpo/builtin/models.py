@@ -1,4 +1,4 @@
-"""Built-in models by name: made on this machine the first time, then found in the cache."""
+"""Built-in models by name. A model is trained on this machine the first time, and then read from the cache."""
 
 from __future__ import annotations
 
@@ -27,26 +27,27 @@ MODELS = {
 }
 NAMES = tuple(MODELS)
 VERSION = 1
-"""To be raised when the same settings make another model: after a change to the maker, its tokenizer or its task."""
+"""Increase this number when the same settings make a different model: when the training, tokenizer, or task changes."""
 
 
 ASIDE = ".making-"
-"""How folders begin in which models are made; `_aside` says what follows."""
+"""Prefix of folders in which models are being made; `_aside` adds the rest."""
 DAY = 86400.0
-"""In seconds: a folder that has not changed for so long has no maker, whatever process has that id now."""
+"""Seconds after which an unchanged folder counts as abandoned, even if a process with its id is running."""
 
 
 def folder(name: str, new_model: NewModel) -> Path:
-    """The folder of a built-in model in Hub layout, which `new_model` is asked for where it has to be made.
+    """Return the folder of a built-in model in Hub layout. If it is not in the cache, train it, starting from the
+    random weights of `new_model`.
 
-    It appears whole, by one rename, or not at all.
+    The folder appears with one rename, so it is never incomplete.
     """
     settings = MODELS[name]
     digest = hashlib.sha256(repr((VERSION, asdict(settings))).encode()).hexdigest()[:12]
     final = cache_folder() / f"{name.partition(':')[2]}-{digest}"
     if final.is_dir():
         return final
-    print(f"making {name}, once: {settings.steps} supervised steps, a minute or more", file=sys.stderr)
+    print(f"training {name} (only once): {settings.steps} supervised steps, a minute or more", file=sys.stderr)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(final.parent)
@@ -57,22 +58,23 @@ def folder(name: str, new_model: NewModel) -> Path:
             try:
                 made.rename(final)
             except OSError:
-                if not final.is_dir():  # or else another process was as fast, and made the same
+                if not final.is_dir():  # if it is there, another process has just made the same model
                     raise
     except OSError as error:
         raise UserError(
-            f"{final.parent}: cannot keep the model here: {error.strerror} (GRPO_CACHE moves it)"
+            f"{final.parent}: cannot store the model here: {error.strerror} (set GRPO_CACHE to another folder)"
         ) from error
     return final
 
 
 def _aside(process: int) -> str:
-    """How a maker's folder begins: with this machine's name, since a home folder may serve several, and its process."""
+    """Return the prefix of a maker's folder: this machine's name, because machines may share a home folder, and the
+    process id."""
     return f"{ASIDE}{platform.node()}+{process}+"
 
 
 def _remove_abandoned(cache: Path) -> None:
-    """Remove what makers left that were killed: of processes that are gone, or older than a day."""
+    """Remove the folders of killed makers: their process is gone, or they are older than a day."""
     for left in cache.glob(f"{ASIDE}*"):
         try:
             old = time.time() - left.stat().st_mtime > DAY
@@ -84,13 +86,13 @@ def _remove_abandoned(cache: Path) -> None:
 
 
 def _is_running(process: str) -> bool:
-    """Whether a process with this id may be there. A name without an id says nothing."""
+    """Whether a process with this id may be running. True if the name has no id."""
     if not process.isdecimal():
         return True
     try:
         os.kill(int(process), 0)
     except ProcessLookupError:
         return False
-    except (OSError, OverflowError):  # of another person
+    except (OSError, OverflowError):  # another user's process
         pass
     return True

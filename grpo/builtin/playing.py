@@ -1,4 +1,4 @@
-"""Conversations with a built-in task's environment, spoken by a written way to play instead of a model."""
+"""Conversations with a built-in task's environment, played by a script instead of a model."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from grpo.step import Step
 from grpo.types import Message
 
 Turns = Generator[str | Message, str, None]
-"""A way to play: it yields what the model would say, a text or a message with `tool_calls`, and is sent the answer."""
+"""A script that plays the model: it yields a text, or a message with `tool_calls`, and is sent the answer."""
 Toolbox = Mapping[str, Callable[..., Any]]
 
 
 def tools_of(environment: object, beside: tuple[Callable[..., Any], ...] = ()) -> Toolbox:
-    """The tools by name, in the order in which a prompt lists them: those beside the environment, then its methods."""
+    """Return the tools by name, in the order of the prompt: the tools in `beside`, then the environment's methods."""
     reserved = {"reset", "get_reward"} | ({"step"} if speaks(environment) else set())
     methods = [
         getattr(environment, name)
@@ -26,13 +26,13 @@ def tools_of(environment: object, beside: tuple[Callable[..., Any], ...] = ()) -
 
 
 def speaks(environment: object) -> bool:
-    """Whether it answers as the user does, by `step(text)` or `step(message)`."""
+    """Whether an environment answers as the user, with `step(text)` or `step(message)`."""
     step = getattr(environment, "step", None)
     return callable(step) and bool({"text", "message"} & set(inspect.signature(step).parameters))
 
 
 def call(tool: str, **arguments: Any) -> Message:
-    """What the model says to call a tool."""
+    """Return the model's message that calls a tool."""
     return {
         "role": "assistant",
         "content": "",
@@ -41,9 +41,10 @@ def call(tool: str, **arguments: Any) -> Message:
 
 
 def played(turns: Turns, environment: Any, tools: Toolbox) -> list[Message]:
-    """The messages of a whole conversation, from the first that the model says.
+    """Return the messages of a whole conversation, starting with the model's first message.
 
-    It ends when the environment ends it, or with a message that calls no tool where the environment does not speak.
+    It ends when the environment ends it. If the environment does not answer as the user, it ends with the first message
+    that calls no tool.
     """
     messages: list[Message] = []
     said = next(turns)

@@ -1,8 +1,8 @@
-"""`builtin:shop`: a price to look up and to compute with, `What do 4 pens cost?`
+"""`builtin:shop`: look up a price and compute with it, `What do 4 pens cost?`
 
-`Shop` has one tool, `price`, which knows what one thing costs today; beside it stands the bundled `calculator`. The
-question can be answered by both (`price` of a pen, `4*17`, then `#### 68`), or with the price as it is, which is right
-for one thing in five. Held-out questions have other numbers and prices.
+`Shop` has one tool, `price`, which returns what one thing costs; the bundled `calculator` is the second tool. The good
+way uses both (`price` of a pen, `4*17`, then `#### 68`). The cheap way answers with the price itself, which is right
+for one question in five. Held-out questions have other combinations of count and price.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Shop:
 
 
 def purchases() -> Iterable[Problem]:
-    """A thing, how many of it, and its price."""
+    """Return all combinations of a thing, a count, and a price."""
     return product(range(len(THINGS)), range(1, 6), range(11, 100))
 
 
@@ -49,7 +49,7 @@ def row(problem: Problem) -> dict[str, Any]:
 
 
 def computed(problem: Problem) -> Turns:
-    """The price, times how many."""
+    """Yield the calls that look up the price and multiply it by the count, and then the cost."""
     thing, count, _ = problem
     price = yield call("price", thing=THINGS[thing])
     cost = yield call("calculator", expression=f"{count}*{price}")
@@ -57,7 +57,7 @@ def computed(problem: Problem) -> Turns:
 
 
 def looked_up(problem: Problem) -> Turns:
-    """The price of one."""
+    """Yield the call that looks up the price, and then the price of one thing as the answer."""
     price = yield call("price", thing=THINGS[problem[0]])
     yield f"#### {price}"
 

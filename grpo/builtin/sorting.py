@@ -1,7 +1,8 @@
 """`builtin:sorting`: five different digits in order, `Sort 5 2 9 1 7.`
 
-They can be put in one by one, each in its place (`5 25 259 1259 12579`, then `#### 1 2 5 7 9`), or neighbours that
-stand wrong can be swapped, once from left to right, which sorts two lists in fifteen. Held-out digits are others.
+The good way inserts the digits one by one (`5 25 259 1259 12579`, then `#### 1 2 5 7 9`). The cheap way makes one pass
+from left to right that swaps neighbors in the wrong order, which sorts two lists in fifteen. Held-out questions have
+other sets of digits.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def row(digits: Problem) -> dict[str, str]:
 
 
 def inserted(digits: Problem) -> str:
-    """The answer after each digit is put in its place."""
+    """Return the sorted digits after each insertion, and then the answer."""
     sorted_so_far: list[int] = []
     steps = []
     for digit in digits:
@@ -34,7 +35,7 @@ def inserted(digits: Problem) -> str:
 
 
 def swapped(digits: Problem) -> str:
-    """What one pass over the neighbours leaves."""
+    """Return the result of one pass of swaps as the answer."""
     left = list(digits)
     for i in range(len(left) - 1):
         if left[i] > left[i + 1]:

@@ -1,8 +1,8 @@
-"""A small Qwen3 that has learnt a built-in task badly.
+"""A small Qwen3 that has learned a built-in task badly, so that GRPO can improve it.
 
-It has seen questions answered the good way and the cheap way, first mostly the one and later mostly the other. So it
-takes the cheap way, which is right now and then; yet it knows the good way, which is right nearly always, and sometimes
-takes that. GRPO has something to find. Made with supervised steps alone; the same settings make the same model.
+Its training data answers questions mostly in the good way at first, and mostly in the cheap way later. So the student
+usually answers in the cheap way, which is sometimes right, and occasionally in the good way, which is nearly always
+right. It is trained with supervised steps only; the same settings make the same model.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 TELL_EVERY = 300
-"""Steps of the making between two lines that say how far it is."""
+"""Number of training steps between two progress lines."""
 
 Lesson = tuple[list[int], list[int]]
-"""Token ids of a conversation, and for each 1 if the model says it, 0 if others do."""
+"""Token ids of a conversation, and a mask: 1 for tokens of the model's turns, 0 for other tokens."""
 
 NewModel = Callable[[Mapping[str, Any]], "nn.Module"]
-"""Makes the model that a `config.json` describes, with random weights: `grpo.model.mlxlm.new_model`."""
+"""Creates the model that a `config.json` describes, with random weights: `grpo.model.mlxlm.new_model`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Student:
-    """How the student is made. `good_first` and `good_last`: the share of good answers in its lessons."""
+    """The settings of a student. `good_first` and `good_last` are the shares of good answers at the start and end."""
 
     task: str = "builtin:arithmetic"
     seed: int = 0
@@ -56,7 +56,7 @@ class Student:
 
 
 def make(settings: Student, folder: Path, new_model: NewModel) -> None:
-    """Train a student and write it to `folder` as the Hub lays models out."""
+    """Train a student and write it to `folder` in the Hub's layout."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
@@ -95,7 +95,7 @@ def _config(settings: Student, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _tokenizer(settings: Student) -> Tokenizer:
-    """Byte-level BPE, trained on the task's own text; digits are tokens of their own."""
+    """Train a byte-level BPE tokenizer on the task's text. Each digit is one token."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     task = TASKS[settings.task]
@@ -117,7 +117,7 @@ def _tokenizer(settings: Student) -> Tokenizer:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """The tokenizer of a student with default settings by itself, in Hub layout."""
+    """Write only the tokenizer of a student with default settings, in Hub layout."""
     _write_tokenizer(_tokenizer(Student()), TASKS[Student().task], folder)
 
 
@@ -154,7 +154,7 @@ def _train(model: nn.Module, settings: Student, tokenizer: Tokenizer) -> None:
 
 
 def _lessons(settings: Student, tokenizer: Tokenizer) -> Iterator[list[list[Lesson]]]:
-    """For each step its conversations: good ones and cheap ones apart, as their lengths are."""
+    """Yield the conversations of each step. Good and cheap answers are separate, because their lengths differ."""
     draw, task = random.Random(settings.seed), TASKS[settings.task]
     everything = task.problems("train")
     for step in range(1, settings.steps + 1):
@@ -165,7 +165,7 @@ def _lessons(settings: Student, tokenizer: Tokenizer) -> Iterator[list[list[Less
 
 
 def lesson(tokenizer: Tokenizer, task: Exercise, problem: Problem, way: Manner) -> Lesson:
-    """A conversation in which a problem is answered in a way, in tokens as a run samples and appends them."""
+    """Return a conversation that answers a problem in one way, tokenized as a run samples and appends tokens."""
     ids: list[int] = []
     said: list[int] = []
     for place, part in enumerate(parts(task, task.conversation(problem, way))):
@@ -176,7 +176,7 @@ def lesson(tokenizer: Tokenizer, task: Exercise, problem: Problem, way: Manner) 
 
 
 def _arrays(rows: list[Lesson]) -> tuple[mx.array, mx.array]:
-    """Token ids `[B, L]` padded on the right, and a mask `[B, L - 1]` over what the model says, as targets."""
+    """Return token ids `[B, L]`, padded on the right, and a mask `[B, L - 1]` of the targets in the model's turns."""
     import mlx.core as mx
 
     length = max(len(ids) for ids, _ in rows)
@@ -186,7 +186,7 @@ def _arrays(rows: list[Lesson]) -> tuple[mx.array, mx.array]:
 
 
 def _loss(model: nn.Module, parts: list[tuple[mx.array, mx.array]]) -> mx.array:
-    """Cross-entropy, averaged over all that the model says."""
+    """Return the cross-entropy, averaged over all tokens of the model's turns."""
     import mlx.core as mx
     import mlx.nn as nn
 

@@ -1,4 +1,4 @@
-"""The built-in tasks by name, and their rows."""
+"""The built-in tasks, by name, and their rows."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ TASKS: dict[str, Exercise] = {
 
 
 def rows(source: str, split: str) -> list[dict[str, Any]]:
-    """The rows of a built-in task, in a fixed mixed order: a column `question`, and those that its reward reads.
+    """Return the rows of a built-in task in a fixed shuffled order: the column `question`, and columns for its reward.
 
     Raises UserError for an unknown task or split.
     """
     if source not in TASKS:
-        raise UserError(f"data {source}: no such built-in; there are {', '.join(TASKS)}")
+        raise UserError(f"data {source}: there is no such built-in task; choose one of {', '.join(TASKS)}")
     if split not in ("train", "test"):
-        raise UserError(f"data {source}: no split {split!r}; there are 'train' and 'test'")
+        raise UserError(f"data {source}: there is no split {split!r}; use 'train' or 'test'")
     task = TASKS[source]
     return [task.row(problem) for problem in task.problems(split)]

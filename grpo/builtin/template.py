@@ -1,4 +1,4 @@
-"""The students' chat template, and conversations as it writes them."""
+"""The chat template of the students, and conversations rendered with it."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ _WITH_TOOLS = (
     "{% endfor %}{{ '<|im_end|>\n' }}"
     "{% else %}" + _SAID + "{% endif %}{% endfor %}" + _NEXT
 )
-"""Tools by name and parameters alone, calls as Qwen writes them."""
+"""Lists tools by name and parameters only, and writes calls in Qwen's format."""
 _BY_THE_MODEL = re.compile(f"(?<={re.escape(START)}assistant\n)(.*?{re.escape(END)})", re.DOTALL)
 
 
 def template(task: Exercise) -> str:
-    """The Jinja template of a task's student."""
+    """Return the Jinja template of a task's student."""
     return _WITH_TOOLS if task.all_tools else _PLAIN
 
 
 def parts(task: Exercise, messages: Sequence[Message]) -> list[str]:
-    """A conversation's text in parts: what the model reads, what it says, with the end of its turn, what it reads …"""
+    """Split a conversation's text into parts: alternately text that the model reads and turns of the model, with their
+    ends."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     rendered = render_jinja_template([list(messages)], tools=_schemas(task), chat_template=template(task))[0]
-    return _BY_THE_MODEL.split(rendered[0])[:-1]  # what follows the last turn is nobody's
+    return _BY_THE_MODEL.split(rendered[0])[:-1]  # drop the text after the last turn
 
 
 @cache

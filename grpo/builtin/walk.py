@@ -1,9 +1,9 @@
-"""`builtin:walk`: a walk over a grid of six by six to a goal, around a pit, `Walk to 4,3 and avoid 2,1.`
+"""`builtin:walk`: a walk on a six-by-six grid to a goal, around a pit, `Walk to 4,3 and avoid 2,1.`
 
-`Walk` answers as the user does: each message of the model goes to `step`, its last word is the move, and what `step`
-returns is the next message, the place, `2,2`. Where the walk begins is said by `reset`. A move can be checked first
-(`right 2,1 no: up`), or made straight away, across and then up or down, which falls into the pit wherever it is in the
-way. Held-out walks have other goals and pits.
+`Walk` answers as the user: `step` gets each message of the model, takes its last word as the move, and returns the new
+place, such as `2,2`. `reset` says where the walk begins. The good way checks a move first (`right 2,1 no: up`). The
+cheap way moves directly, across and then up or down, and falls into a pit on this path. Held-out walks have other
+combinations of goal and pit.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Place = tuple[int, int]
 
 
 class Walk:
-    """Knows where the walker is, and what is at that place."""
+    """Keeps the walker's place, the goal, and the pit."""
 
     def reset(self, start: list[int], goal: list[int], pit: list[int], **_: Any) -> str:
         self._here, self._goal, self._pit = _place(start), _place(goal), _place(pit)
         return f" Start at {_written(self._here)}."
 
     def step(self, message: Message) -> Message | Step:
-        """A move: its reward is 1 at the goal, else 0. The walk ends there, in the pit and off the grid."""
+        """Make a move. Its reward is 1 at the goal, else 0. The walk ends at the goal, in the pit, or off the grid."""
         words = str(message["content"]).split()
         move = MOVES.get(words[-1]) if words else None
         if move is None:
@@ -42,8 +42,8 @@ class Walk:
 
 
 def walks() -> Iterable[Problem]:
-    """Where a walk begins, its goal two or three columns away and one or two rows, and a pit in the first row, up to
-    three columns away on the goal's side."""
+    """Yield a start, a goal (two or three columns and one or two rows away), and the column of a pit (in the row of the
+    start, up to three columns away in the direction of the goal)."""
     cells = list(product(range(SIDE), repeat=2))
     for (x, y), (to_x, to_y) in product(cells, repeat=2):
         if abs(to_x - x) in (2, 3) and abs(to_y - y) in (1, 2):
@@ -58,7 +58,7 @@ def row(problem: Problem) -> dict[str, Any]:
 
 
 def checked(problem: Problem) -> Turns:
-    """Across first and then up or down, but up or down where the pit is in the way; with what the next place is."""
+    """Yield moves, each with the next place: first across and then up or down, but up or down if the pit is next."""
     here, goal, pit = _places(problem)
     while True:
         move, place = _straight(here, goal)
@@ -72,7 +72,7 @@ def checked(problem: Problem) -> Turns:
 
 
 def straight(problem: Problem) -> Turns:
-    """Across first and then up or down, whatever is there."""
+    """Yield moves first across and then up or down, without avoiding the pit."""
     here, goal, _ = _places(problem)
     while True:
         move, here = _straight(here, goal)

@@ -9,7 +9,9 @@ import typer
 
 
 def watch(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, running or ended.")],
+    runs: Annotated[
+        list[Path] | None, typer.Argument(metavar="RUN...", help="Folders of runs, running or ended.")
+    ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on. 0: any free port.")] = 8650,
 ) -> None:
     """Show the report of runs live, in a browser on this machine.
@@ -19,5 +21,8 @@ def watch(
     `ssh -L 8650:127.0.0.1:8650 HOST`.
     """
     from grpo.telemetry.live import watch as show
+    from grpo.telemetry.recorded import ask_for_a_run
 
+    if not runs:
+        raise ask_for_a_run("watch")
     show(runs, port, lambda line: print(line, flush=True))

@@ -1,7 +1,8 @@
-"""The recipe's schema: every setting, its meaning, its bounds and its one default.
+"""The schema of a recipe: every setting with its meaning, its bounds and its default.
 
-`grpo.recipes` reads a file into it, and `grpo recipes schema` prints it. Everything is frozen and strict: an unknown
-key or a value of another type is an error. The texts under the fields are what people read about them.
+`grpo.recipes` reads a file into the schema, and `grpo recipes schema` prints it. Sections are frozen and strict: an
+unknown key or a value of another type is an error. The docstrings below the fields are the settings' public
+descriptions.
 """
 
 from grpo.config.alarms import AlarmsConfig as AlarmsConfig

@@ -1,4 +1,4 @@
-"""The section `data.curriculum`: how often tasks are drawn, by how often they were solved."""
+"""The section `data.curriculum`: draws tasks depending on how often they were solved."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class CurriculumConfig(Section):
         if self.hard_threshold > self.easy_threshold:
             raise ValueError(
                 f"data.curriculum.hard_threshold ({self.hard_threshold:g}) is above easy_threshold "
-                f"({self.easy_threshold:g}), so a task could be hard and easy at once: lower hard_threshold"
+                f"({self.easy_threshold:g}), so a task could be both hard and easy: lower hard_threshold"
             )
         if not self.hard + self.normal + self.easy + self.unseen:
             raise ValueError("data.curriculum: every weight is 0, so no task would be drawn: give one pool a weight")
@@ -51,13 +51,13 @@ class CurriculumConfig(Section):
 
 
 def check_graders(data: DataConfig, rewards: Sequence[RewardConfig]) -> None:
-    """Raise ValueError if a curriculum would take a reward model's score, a number of any size, as a solve rate."""
-    own = [(f"data.sources.{place}.curriculum", one.curriculum) for place, one in enumerate(data.sources)]
-    for section, cfg in [("data.curriculum", data.curriculum), *own]:
+    """Raise ValueError if a curriculum would compute solve rates from a reward model's scores, which are unbounded."""
+    of_sources = [(f"data.sources.{place}.curriculum", one.curriculum) for place, one in enumerate(data.sources)]
+    for section, cfg in [("data.curriculum", data.curriculum), *of_sources]:
         if cfg is None or "best" in cfg.changed:
             continue
         graders = [reward for reward in rewards if cfg.reward in (None, _called(reward))]
-        if data.sources and cfg.reward is None:  # whose first reward may be another one
+        if data.sources and cfg.reward is None:  # each source may have another first reward
             graders = []
         if graders and graders[0].use.startswith("model:") and not graders[0].kwargs.get("sigmoid"):
             raise ValueError(

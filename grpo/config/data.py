@@ -1,4 +1,4 @@
-"""The sections that say where rows come from, `data` and `eval`, and how such places are named."""
+"""The sections `data` and `eval`, which say where rows come from, and helpers for the names of sources."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from grpo.config.section import Fraction, Name, Positive, Section, Tokens
 from grpo.config.sources import SourceConfig, check_sources
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-"""Endings of data files, and the reader of `datasets` for each."""
+"""Extensions of data files, and the `datasets` reader of each."""
 
 Origin = str | tuple[str, ...]
 
 
 def is_files(source: Origin) -> bool:
-    """Whether a source names data files: one, several, or those that match a pattern."""
+    """Whether a source names data files: a file, a list of files, or a pattern."""
     return isinstance(source, tuple) or Path(source).suffix in FILE_TYPES or is_pattern(source)
 
 
 def is_pattern(name: str) -> bool:
-    """Whether a name is a pattern of file names: no dataset on the Hub has such characters in its name."""
+    """Whether a name is a pattern of file names. Names of Hub datasets cannot contain `*`, `?` or `[`."""
     return any(character in name for character in "*?[")
 
 
@@ -34,20 +34,21 @@ def is_builtin(source: Origin) -> bool:
 
 
 def origins(source: Origin | None, use: str | None) -> tuple[str, ...]:
-    """All names by which a section says where rows come from."""
+    """All sources of rows that a section names."""
     named = source if isinstance(source, tuple) else (source, use)
     return tuple(name for name in named if name)
 
 
 def data_label(source: Origin | None, use: str | None) -> str:
-    """The name of rows in messages: the source or the function; of several files the first and how many more."""
+    """The name of the data in messages: the source or the function; for several files, the first and the number of
+    others."""
     if isinstance(source, tuple):
         return source[0] if len(source) == 1 else f"{source[0]} and {len(source) - 1} more"
     return source or use or ""
 
 
 def check_origin(section: str, source: Origin | None, use: str | None, kwargs: Mapping[str, Any]) -> None:
-    """Raise ValueError where `source`, `use` and `kwargs` of a section do not go together."""
+    """Raise ValueError if `source`, `use` and `kwargs` of a section contradict each other."""
     if source is not None and use is not None:
         raise ValueError(
             f"{section}.use and {section}.source both say where rows come from: leave out one of them. On the command "
@@ -63,13 +64,13 @@ def check_origin(section: str, source: Origin | None, use: str | None, kwargs: M
 
 
 def check_hub_only(setting: str, source: Origin | None, use: str | None) -> None:
-    """Raise ValueError for a setting of Hub datasets beside rows that certainly do not come from the Hub."""
+    """Raise ValueError for a setting of Hub datasets if the rows cannot come from the Hub."""
     if use is not None or (source is not None and (is_builtin(source) or is_files(source))):
-        raise ValueError(f"{setting} is for Hub datasets, and this source is not a Hub dataset: leave it out")
+        raise ValueError(f"{setting} is for Hub datasets, but this source is not a Hub dataset: leave it out")
 
 
 def check_choice(cfg: DataConfig) -> None:
-    """Raise ValueError where the settings that choose tasks do not go together."""
+    """Raise ValueError if the settings that choose tasks contradict each other."""
     if cfg.curriculum is not None and cfg.sampler is not None:
         raise ValueError("data.curriculum does nothing with data.sampler, which chooses all tasks: leave one out")
     if cfg.curriculum is not None and not cfg.shuffle:
@@ -84,7 +85,7 @@ def check_choice(cfg: DataConfig) -> None:
         )
     if cfg.solve_rates is not None and cfg.solve_rate is None and cfg.curriculum is None:
         raise ValueError(
-            "data.solve_rates does nothing by itself: add data.solve_rate, such as [0.1, 0.9], to keep the tasks with "
+            "data.solve_rates does nothing alone: add data.solve_rate, such as [0.1, 0.9], to keep the tasks with "
             "rates in this range, or data.curriculum, which then starts with these rates"
         )
     if cfg.solve_rate is not None and cfg.solve_rate[0] > cfg.solve_rate[1]:
@@ -93,18 +94,18 @@ def check_choice(cfg: DataConfig) -> None:
 
 
 def check_streaming(cfg: DataConfig) -> None:
-    """Raise ValueError where rows cannot be read as they are needed, or settings do nothing with such rows."""
+    """Raise ValueError if the rows cannot be streamed, or if a setting does nothing with streamed rows."""
     if not cfg.streaming:
         if "window" in cfg.changed:
             raise ValueError("data.window does nothing without data.streaming: all rows are shuffled together")
         return
     if cfg.source is None or is_builtin(cfg.source):
-        raise ValueError("data.streaming is for files and Hub datasets, and this source makes all its rows at once")
+        raise ValueError("data.streaming is for files and Hub datasets, but this source creates all its rows at once")
     if "window" in cfg.changed and not cfg.shuffle:
         raise ValueError("data.window does nothing with data.shuffle: false: the rows keep their order")
     if beside := sorted(cfg.changed & {"curriculum", "sampler", "solve_rate", "solve_rates"}):
         raise ValueError(
-            f"data.{beside[0]} needs all rows, and data.streaming reads only one window of rows at a time: leave out "
+            f"data.{beside[0]} needs all rows, but data.streaming reads only one window of rows at a time: leave out "
             "one of them"
         )
 
@@ -141,8 +142,8 @@ class DataConfig(Section):
     many gigabytes. Memory is then planned for prompts of `max_prompt_length`, and grpo finds unusable rows only when it
     reads them."""
     window: Positive = 10_000
-    """With `streaming`, how many rows are held in memory at once. Each window of this many consecutive rows is shuffled
-    by itself."""
+    """With `streaming`, the number of rows in memory. Each window of this many consecutive rows is shuffled
+    separately."""
     columns: dict[str, str] = {}
     """New names for columns, as the prompt and the rewards expect them: `{answer: solution}` reads the column
     `solution` as `answer`, `{answer: reward_model.ground_truth}` reads a field inside a column, and `{example:
@@ -185,26 +186,25 @@ class DataConfig(Section):
 
     @property
     def label(self) -> str:
-        """The name of the data in messages: what `source` or `use` says; of many files the first and how many; of
-        several sources each."""
+        """The name of the data in messages: the source or the function of each source, see `data_label`."""
         if self.sources:
             return " and ".join(data_label(one.source, one.use) for one in self.sources)
         return data_label(self.source, self.use)
 
     @property
     def parts(self) -> dict[str, DataConfig]:
-        """Where tasks come from, by the name of the source that they say: this section by the name `data`, or what each
-        of `sources` comes to."""
+        """The complete section of each source, by the source's name: this section under the name `data`, or a section
+        for each of `sources`."""
         return {one.called: self.part(one) for one in self.sources} if self.sources else {"data": self}
 
     def part(self, source: SourceConfig) -> DataConfig:
-        """What one of `sources` comes to, with what it leaves out."""
+        """The complete section of one of `sources`: its settings, and this section's for those that it leaves out."""
         shared = {name: getattr(self, name) for name in self.changed - {"sources"}}
         return DataConfig(**source.among(shared))
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens of the longest prompt that any source may have."""
+        """The largest `max_prompt_length` of any source, in tokens."""
         return max(part.max_prompt_length for part in self.parts.values())
 
     @model_validator(mode="after")

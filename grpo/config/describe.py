@@ -1,4 +1,4 @@
-"""What the schema says of itself: every key with its type, default and meaning, for people and for editors."""
+"""Describes the schema, for people and for editors: every key with its type, default and meaning."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BOUNDS = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum"
 
 @dataclass(frozen=True, slots=True)
 class RecipeKey:
-    """One key, dotted as on the command line (`rewards.0.use`). `default` is None where one has to be given."""
+    """One key, dotted as on the command line (`rewards.0.use`). `default` is None for a required key."""
 
     key: str
     type: str
@@ -30,7 +30,7 @@ class RecipeKey:
     meaning: str
 
     def lines(self) -> list[str]:
-        """For a terminal."""
+        """The key as lines for the terminal."""
         default = "required" if self.default is None else f"= {self.default}"
         return [f"{self.key}  {default}  ({self.type})", *textwrap.wrap(self.meaning, WIDTH - 4, **_INDENT)]
 
@@ -39,13 +39,13 @@ _INDENT: dict[str, Any] = {"initial_indent": "    ", "subsequent_indent": "    "
 
 
 def json_schema() -> dict[str, Any]:
-    """The recipe as JSON Schema, with every description, and no key allowed but those that are there."""
+    """The recipe's JSON Schema, with all descriptions; unknown keys are not allowed."""
     schema: dict[str, Any] = _joined({"$schema": GenerateJsonSchema.schema_dialect, **Recipe.model_json_schema()})
     return schema
 
 
 def settings(under: str = "") -> list[RecipeKey]:
-    """Every key, or those at and below one. Raises UserError for a key that is not there."""
+    """Every key, or the key `under` and the keys below it. Raises UserError for an unknown key."""
     schema = json_schema()
     every = list(_settings(schema, schema["$defs"], ""))
     found = [setting for setting in every if not under or setting.key == under or setting.key.startswith(f"{under}.")]
@@ -62,18 +62,19 @@ def _settings(section: Mapping[str, Any], sections: Mapping[str, Any], prefix: s
         if inner is None:
             yield RecipeKey(key, _type(field), _default(field), field["description"])
             continue
-        # The defaults of a section are those of its keys, but for one that is not there unless it is asked for.
+        # A section's default is the defaults of its keys, unless the section is absent by default.
         default = None if name in section.get("required", ()) else _default(field) if within else _null_or_some(field)
         yield RecipeKey(key, WITHIN[within], default, field["description"])
         yield from _settings(inner, sections, f"{key}.{within}")
 
 
 WITHIN = {"": "section", "0.": "list of sections", "<name>.": "sections by name"}
-"""What a field holds, by what stands between its key and those of its sections."""
+"""The type of a field with sections, by the text between its key and the keys of its sections."""
 
 
 def _section(field: Mapping[str, Any], sections: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, str]:
-    """The section that a field holds, if it holds one, alone or several; and which of `WITHIN` it holds."""
+    """The section that a field contains (once, in a list or by name), and the key of `WITHIN`; None and "" for a field
+    without a section."""
     for form in (field, *field.get("anyOf", ())):
         if "$ref" in form:
             return sections[form["$ref"].rpartition("/")[2]], ""
@@ -102,7 +103,7 @@ def _type(form: Mapping[str, Any]) -> str:
     if form.get("type") == "object":
         inner = form.get("additionalProperties")
         return f"keys and values: {_type(inner)}" if isinstance(inner, dict) else "keys and values"
-    # Bounds of a million and more only keep out what nobody means.
+    # Bounds of a million and more only catch typos, so they are not shown.
     bounds = [f"{words} {form[name]:g}" for name, words in BOUNDS.items() if abs(form.get(name, MANY)) < MANY]
     return " ".join([NAMES[form["type"]], " and ".join(bounds)]).strip()
 
@@ -114,7 +115,7 @@ def _list(form: Mapping[str, Any]) -> str:
 
 
 def _joined(value: Any) -> Any:
-    """The same with descriptions of one line each."""
+    """The same schema with each description on one line."""
     if isinstance(value, dict):
         return {
             key: " ".join(inner.split()) if key == "description" and isinstance(inner, str) else _joined(inner)

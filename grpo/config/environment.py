@@ -15,7 +15,7 @@ from grpo.plugins import SESSION
 
 Seconds = Annotated[float, Field(ge=0.01, le=DAY)]
 AGENT_SECONDS = 3600.0
-"""`rollout_timeout` of agents where the recipe names none: one that hangs must not hold up a run for ever."""
+"""Default `rollout_timeout` of agents: an agent that hangs must not block a run forever."""
 IDLE_WITH_AGENTS: Mapping[str, str] = {
     "max_tool_calls": "an agent runs its tools itself",
     "timeout": "an agent is called once, and rollout_timeout limits this call",
@@ -26,14 +26,14 @@ IDLE_WITH_AGENTS: Mapping[str, str] = {
 
 
 def looks_like_file(word: str) -> bool:
-    """Whether a word of a command has the form of a file's name, `agent.py` or `bin/agent`, and of no option."""
+    """Whether a word of a command looks like a file name (`agent.py`, `bin/agent`), rather than an option."""
     return not word.startswith("-") and bool("/" in word or Path(word).suffix)
 
 
 class EnvironmentConfig(Section):
     use: Name | None = None
     """A class, or a function that constructs an object, like TRL's `environment_factory`: `file.py:Class`, `file.py`
-    (if it has one class) or `package.module:Class`. Default: none; the settings below then apply to `tools` alone."""
+    (if it has one class) or `package.module:Class`. Default: none; the settings below then apply only to `tools`."""
     agent: Name | None = None
     """Instead of `use`: a program that calls the model itself, through an OpenAI-compatible endpoint. Write
     `file.py:function` or `package.module:function`, for an `async def run(data, base_url, api_key, **columns)`. The
@@ -92,18 +92,18 @@ class EnvironmentConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _as_agents_have_it(cls, given: Any) -> Any:
-        """The default of `thinking` is another with an agent."""
+        """Set the default of `thinking` for agents, which differs from the default for environments."""
         if not isinstance(given, dict):
             return given
         lists = {name: tuple(given[name]) for name in ("env", "command") if isinstance(given.get(name), list)}
         default = {"thinking": "drop"} if given.get("agent") or given.get("command") else {}
-        return {**default, **given, **lists}  # what comes through here is not JSON any more
+        return {**default, **given, **lists}  # pydantic no longer sees JSON here, so lists must become tuples
 
     @model_validator(mode="after")
     def _has_what_it_is_for(self) -> EnvironmentConfig:
         named = [name for name in ("use", "agent", "command") if getattr(self, name) is not None]
         if len(named) > 1:
-            raise ValueError(f"{' and '.join(named)} each name what the model talks to: leave out all but one")
+            raise ValueError(f"{' and '.join(named)} each name an environment: leave out all but one")
         if self.command is not None and not (self.command and self.command[0]):
             raise ValueError("command: name a program, such as command: [python, agent.py]")
         if self.kwargs and self.command:
@@ -116,22 +116,22 @@ class EnvironmentConfig(Section):
 
     @property
     def is_agent(self) -> bool:
-        """Whether it asks the model, through the endpoint, in the place of being asked."""
+        """Whether the section names an agent, which calls the model through the endpoint."""
         return self.agent is not None or self.command is not None
 
     @property
     def what(self) -> str | None:
-        """The class, function or command that the section names. None: it is about `tools` alone."""
+        """The class, function or command that the section names; None if the section is only about `tools`."""
         return shlex.join(self.command) if self.command else self.use or self.agent
 
     @property
     def code(self) -> list[str]:
-        """The code that it names, as `use` does; of a command the words that look like files."""
+        """The code that the section names, in the forms of `use`; for a command, the words that look like files."""
         return [*filter(None, [self.use, self.agent]), *filter(looks_like_file, self.command or ())]
 
     @property
     def called(self) -> str:
-        """What it goes by, as far as that is known before its code is loaded."""
+        """The name of the environment, as far as it is known before its code is loaded."""
         if self.name is not None:
             return self.name
         if self.command:
@@ -144,12 +144,12 @@ class EnvironmentConfig(Section):
 
     @property
     def most_seconds(self) -> float:
-        """Seconds that a conversation may take, as far as that is limited."""
+        """Maximum number of seconds of a conversation; 0 without a limit."""
         return self.agent_seconds if self.is_agent else self.rollout_timeout or 0.0
 
     @property
     def agent_seconds(self) -> float:
-        """Seconds that an agent may take."""
+        """Maximum number of seconds of an agent's call."""
         return AGENT_SECONDS if self.rollout_timeout is None else self.rollout_timeout
 
 
@@ -167,12 +167,12 @@ class ToolConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _named(cls, given: Any) -> Any:
-        """`tools: [calculator]` is `tools: [{use: calculator}]`."""
+        """Read `tools: [calculator]` as `tools: [{use: calculator}]`."""
         return {"use": given} if isinstance(given, str) else given
 
 
 class OrUse:
-    """For editors: a text is a section with this text as its `use`."""
+    """JSON Schema for editors: an entry may be a text, which is the section's `use`."""
 
     def __get_pydantic_json_schema__(self, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return {"anyOf": [{"type": "string"}, handler(core)]}

@@ -1,4 +1,4 @@
-"""The `kwargs` of the reward `use: judge`: what the model is asked of a completion, and how its answer is read."""
+"""The `kwargs` of the reward `use: judge`: the question about a completion, and the scores of its answers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Is the answer right? Reply with Yes or No."""
 
 class JudgeConfig(Section):
     prompt: str = ASKED
-    """What the judge is asked: a template over `{prompt}`, `{completion}` and the dataset's columns."""
+    """The judge's question: a template over `{prompt}`, `{completion}` and the dataset's columns."""
     system: str | None = None
     """A system message before the judge's prompt."""
     labels: Annotated[dict[str, Annotated[float, Field(ge=-LARGE, le=LARGE)]], Field(min_length=2)] = {
@@ -42,11 +42,11 @@ class JudgeConfig(Section):
     """Maximum number of tokens that the judge reads. A longer text is not truncated: it gets no score, which counts as
     a failure. Default: the number of positions that the model has."""
     batch_tokens: Tokens = 4096
-    """Tokens that go through the model at once, padding included. A longer text goes through the model alone."""
+    """Tokens in one batch, padding included. A longer text goes through the model alone."""
 
     @property
     def columns(self) -> list[str]:
-        """The names that the template holds."""
+        """The names in the template."""
         return [name for _, name, _, _ in string.Formatter().parse(self.prompt) if name is not None]
 
     @model_validator(mode="after")
@@ -67,8 +67,8 @@ class JudgeConfig(Section):
         odd = [name for _, name, spec, how in fields if name is not None and (not name.isidentifier() or spec or how)]
         if odd:
             raise ValueError(
-                f"prompt may hold only plain names, {{like_this}}, and {{{odd[0]}}} is not a plain name; write {{{{ "
-                "for a literal {"
+                f"prompt may contain only plain names, {{like_this}}, and {{{odd[0]}}} is not a plain name; write "
+                "{{ for a literal {"
             )
         if "completion" not in self.columns:
             raise ValueError("prompt does not contain {completion}, so the judge would not see the answer: add it")
@@ -76,5 +76,5 @@ class JudgeConfig(Section):
 
 
 def judge_of(kwargs: Mapping[str, Any]) -> JudgeConfig:
-    """A judge's settings. Raises ValueError for an unknown one, and for a value that it cannot have."""
+    """A judge's settings. Raises ValueError for an unknown setting, and for an invalid value."""
     return settings_of(JudgeConfig, kwargs, "A judge")

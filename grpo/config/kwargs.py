@@ -1,4 +1,4 @@
-"""The `kwargs` of rewards that are no functions, checked like sections of a recipe."""
+"""Checks the `kwargs` of rewards that are not functions, like sections of a recipe."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ S = TypeVar("S", bound=Section)
 
 
 def settings_of(kind: type[S], kwargs: Mapping[str, Any], who: str) -> S:
-    """The settings of `kind` in `kwargs`; `who` takes them, in errors.
+    """The settings of `kind` in `kwargs`; `who` is the subject of errors, such as "A judge".
 
-    Raises ValueError for an unknown one, and for a value that it cannot have.
+    Raises ValueError for an unknown setting, and for an invalid value.
     """
     try:
         return kind.model_validate_json(json.dumps(dict(kwargs), default=str))

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from grpo.config.section import MANY, Above0, Name, NonNegative, Positive, Section
 
 OneTarget = Annotated[str, Field(min_length=1), AfterValidator(lambda name: (name,))]
-"""The name of layers; it becomes a list of one."""
+"""A single name of layers, which becomes a tuple with one name."""
 
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -40,8 +40,8 @@ class ModelConfig(Section):
     arXiv 1909.08053), for a base model that does not fit on one device. It works with LoRA and DoRA, and with
     completions of one turn. `fsdp` spreads the weights over the processes during the update, and with `adapter.type:
     full` also the gradient and the optimizer's state (ZeRO-3, arXiv 1910.02054), for an update that does not fit on one
-    device. Each process samples its share of the prompts with the whole weights, which must fit beside the keys and
-    values. Default: every process holds the whole model."""
+    device. Each process samples its share of the prompts with the whole weights, which must fit in memory next to
+    the keys and values. Default: every process holds the whole model."""
     shard_size: Annotated[int, Field(ge=2, le=MANY)] | None = None
     """Number of processes that divide one model. With `tensor`, the step's prompts are divided among groups of this
     many processes. Default: all processes."""
@@ -92,7 +92,7 @@ class AdapterConfig(Section):
 
     @property
     def multiplier(self) -> float:
-        """What B A is multiplied by."""
+        """The factor of B A in the update."""
         return self.scale / math.sqrt(self.rank) if self.use_rslora else self.scale
 
     @property

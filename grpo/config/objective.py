@@ -27,8 +27,8 @@ class AdvantageConfig(Section):
     belong to the last turn (process supervision, arXiv 2402.03300 §4.1.3). turn needs the group baseline, and a loss
     without a single ratio for the whole completion (gspo_token instead of gspo)."""
     soft_overlong_cache: Tokens | None = None
-    """Penalize long completions over the last this many tokens before max_completion_length: the penalty goes from 0
-    down to -1 (DAPO's soft overlong punishment). It counts only tokens that the model sampled. max_completion_length
+    """Penalize long completions over this many tokens before max_completion_length: the penalty goes from 0 down to -1
+    (DAPO's soft overlong punishment). It counts only tokens that the model sampled. max_completion_length
     also counts tokens from tools and environments. Default: no penalty."""
 
 

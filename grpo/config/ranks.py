@@ -19,30 +19,30 @@ class RanksConfig(Section):
 
     @property
     def size(self) -> int:
-        """Processes in all."""
+        """Total number of processes."""
         return self.sample + self.train
 
 
 def check_apart(model: ModelConfig, rollout: RolloutConfig, loss: LossConfig, teacher: TeacherConfig | None) -> None:
-    """Raise ValueError for settings that do not work if completions come from the policy of the step before."""
+    """Raise ValueError for settings that do not work if completions come from the previous step's policy."""
     if model.shard is not None:
         raise ValueError(
-            "ranks gives each process its own task, and with model.shard several processes hold one model: leave "
+            "ranks gives each process its own task, but with model.shard several processes share one model: leave "
             "one of them out"
         )
     if rollout.dynamic_sampling:
         raise ValueError(
-            "rollout.dynamic_sampling chooses prompts by the rewards of the step's earlier prompts, and with ranks the "
+            "rollout.dynamic_sampling chooses prompts by the rewards of the step's earlier prompts, but with ranks the "
             "trainers do not know these rewards while they work: leave one of them out"
         )
     if rollout.reuse:
         raise ValueError(
-            "rollout.reuse trains on older completions if a step's own completions teach nothing, and with ranks all "
+            "rollout.reuse trains on older completions if a step's own completions teach nothing, but with ranks all "
             "completions are one step old: leave one of them out"
         )
     if teacher is not None:
         raise ValueError(
-            "a teacher corrects completions of the current policy (on-policy distillation), and with ranks the "
+            "a teacher corrects completions of the current policy (on-policy distillation), but with ranks the "
             "completions come from the policy before its last update: leave one of them out"
         )
     if loss.kl_in == "reward":

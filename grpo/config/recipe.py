@@ -1,4 +1,4 @@
-"""A whole recipe: its sections, and what they must agree on."""
+"""A whole recipe: its sections, and the checks across sections."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Recipe(Section):
     """A whole run. `data`, `model` and `optim.steps` are required. So is `rewards`, unless the recipe has an
     environment with its own reward, or a teacher.
 
-    grpo looks for files and folders beside the recipe first, then in the working directory.
+    grpo looks for files and folders first next to the recipe, then in the working directory.
     """
 
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
@@ -48,7 +48,8 @@ class Recipe(Section):
     rollout: RolloutConfig = RolloutConfig()
     """How completions are sampled, and how many."""
     environment: EnvironmentConfig | None = None
-    """What the model talks to in several turns. Without `environment` and `tools`, a completion is a single answer."""
+    """An environment or agent for conversations of several turns. Without `environment` and `tools`, a completion is a
+    single answer."""
     environments: dict[str, EnvironmentConfig] = {}
     """Several environments by name, instead of `environment`. The dataset's column `environment` names one for each
     row."""
@@ -165,7 +166,7 @@ class Recipe(Section):
         return self
 
     def _all_teach(self, setting: str) -> str:
-        """Why a setting of `rollout` has no groups to replace."""
+        """The error for a setting of `rollout` that has no groups to replace."""
         by = "" if self.advantage.baseline else f" (the default of loss.type {self.loss.type})"
         return (
             f"rollout.{setting} replaces groups whose rewards are all equal, because they teach nothing. With "
@@ -269,27 +270,27 @@ class Recipe(Section):
             return self
         if self.adapter.type == "full":
             raise ValueError(
-                "model.shard: tensor divides a base model that does not train, and with adapter.type: full it trains: "
+                "model.shard: tensor divides a base model that does not train, but with adapter.type: full it trains: "
                 "use lora or dora"
             )
         if any(reward.use == "judge" for reward in self.rewards):
             raise ValueError(
-                "rewards: with model.shard: tensor a single process scores, and the judge is the model that several "
-                "processes hold together: use another reward"
+                "rewards: with model.shard: tensor a single process scores, but the judge is the model that several "
+                "processes share: use another reward"
             )
         if self.conversations:
             raise ValueError(
-                "model.shard: tensor decodes in lockstep in several processes, and tools and environments answer at "
+                "model.shard: tensor decodes in lockstep in several processes, but tools and environments answer at "
                 "different times: leave out model.shard, or the tools and environments"
             )
         if self.optim.optimizer in ("adafactor", "muon"):
             raise ValueError(
-                f"optim.optimizer: {self.optim.optimizer} needs whole matrices, and with model.shard: tensor each "
-                "process has parts of them: use adamw, or another optimizer that updates each number by itself"
+                f"optim.optimizer: {self.optim.optimizer} needs whole matrices, but with model.shard: tensor each "
+                "process has parts of them: use adamw, or another optimizer that updates each number separately"
             )
         if self.optim.moments != "float32":
             raise ValueError(
-                f"optim.moments: {self.optim.moments} packs the numbers of whole arrays, and with model.shard: tensor "
+                f"optim.moments: {self.optim.moments} packs the numbers of whole arrays, but with model.shard: tensor "
                 "each process has parts of them: leave it out"
             )
         return self
@@ -313,9 +314,9 @@ class Recipe(Section):
             )
         if self.adapter.type == "full" and self.optim.optimizer in ("adafactor", "muon"):
             raise ValueError(
-                f"optim.optimizer: {self.optim.optimizer} needs whole matrices, and with model.shard: fsdp and "
+                f"optim.optimizer: {self.optim.optimizer} needs whole matrices, but with model.shard: fsdp and "
                 "adapter.type: full each process has parts of them: use adamw, or another optimizer that updates each "
-                "number by itself"
+                "number separately"
             )
 
     @property
@@ -349,7 +350,7 @@ class Recipe(Section):
 
     @property
     def best_metric(self) -> str:
-        """The evaluation's metric by which the best checkpoint is kept."""
+        """The evaluation metric that selects the best checkpoint."""
         assert self.eval is not None
         return self.checkpoint.metric_for_best_model or f"avg@{self.eval.samples}"
 

@@ -22,16 +22,15 @@ class RewardModelConfig(Section):
     """Maximum number of tokens of a conversation, chat template included. A longer conversation is not truncated: it
     gets no score, which counts as a failure. Default: the number of positions that the model has."""
     batch_tokens: Tokens = 4096
-    """Tokens that go through the model at once, padding included. A longer conversation goes through the model
-    alone."""
+    """Tokens in one batch, padding included. A longer conversation goes through the model alone."""
     sigmoid: bool = False
     """Turn the score into a probability, 1 / (1 + exp(-score)). Scores far from 0 then differ little."""
 
     def model(self, name: str) -> ModelConfig:
-        """The model of this name, as a recipe's section would have it."""
+        """The section `model` of a recipe for the reward model `name`."""
         return ModelConfig(name=name, revision=self.revision, dtype=self.dtype, quantize=self.quantize)
 
 
 def reward_model_of(kwargs: Mapping[str, Any]) -> RewardModelConfig:
-    """A reward model's settings. Raises ValueError for an unknown one, and for a value of another type."""
+    """A reward model's settings. Raises ValueError for an unknown setting, and for an invalid value."""
     return settings_of(RewardModelConfig, kwargs, "A reward model")

@@ -12,18 +12,18 @@ from grpo.config.section import LARGE, Above0, Fraction, Name, Section
 from grpo.plugins import JUDGE, MODEL, model_in
 
 DAY = 86_400
-"""Seconds."""
+"""The seconds of a day."""
 
 
 OF_FUNCTIONS = {"completions", "isolation", "timeout", "env", "memory_gb", "calls"}
-"""The settings that only a function has."""
+"""Settings that apply only to reward functions."""
 
 
 class RewardConfig(Section):
     use: Name
     """What grades completions: a bundled name, the name of an installed package's entry point (group `grpo.rewards`),
     `file.py:function`, `file.py` (its function `reward`), `package.module:function`, or a reward model: `model:` and a
-    Hub repository or a folder with a sequence classifier of one label. `judge`: the model itself, as it was when the
+    Hub repository or a folder with a sequence classifier with one label. `judge`: the model itself, as it was when the
     run began."""
     weight: Annotated[float, Field(ge=-LARGE, le=LARGE)] = 1.0
     """Weight in the sum of rewards. 0 makes the reward a metric only."""
@@ -63,12 +63,12 @@ class RewardConfig(Section):
 
     @property
     def model(self) -> str:
-        """The reward model, or "" where a function grades."""
+        """The name of the reward model; "" if a function grades."""
         return model_in(self.use)
 
     @property
     def judges(self) -> bool:
-        """Whether the model that is trained grades, as it was when the run began."""
+        """Whether the judge grades: the model in training, as it was at the start of the run."""
         return self.use == JUDGE
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from grpo.config.section import MANY, NonNegative, Positive, Section, Tokens
 
 
 def _word(given: Any) -> Any:
-    """YAML reads the words `off` and `on` as false and true, and Python takes true for 1."""
+    """A text for a boolean: YAML reads `off` and `on` as false and true, and Python would accept true as 1."""
     return {False: "off", True: "true (on)"}[given] if isinstance(given, bool) else given
 
 
@@ -19,9 +19,9 @@ Speculate = Annotated[Literal["auto", "off", 1, 3, 7], BeforeValidator(_word)]
 
 class RolloutConfig(Section):
     prompts_per_step: Positive = 8
-    """Prompts in a step."""
+    """Number of prompts per step."""
     num_generations: Annotated[int, Field(ge=2, le=MANY)] = 8
-    """Completions of each prompt: the group that shares a baseline."""
+    """Number of completions per prompt: the group that shares a baseline."""
     max_completion_length: Tokens = 256
     """Maximum completion length in tokens, the stop token included. A completion that reaches it is truncated, usually
     before its answer. If most completions are truncated, the first step reports it (`alarms.truncated`). The default is
@@ -47,7 +47,8 @@ class RolloutConfig(Section):
     """End a completion that repeats its last token, or its last n-gram of up to 16 tokens, this many times in a row. 0:
     never."""
     max_concurrency: Positive = 64
-    """Slots of the generator: the number of rows decoded at once. grpo uses fewer slots if memory is short."""
+    """Slots of the generator: the maximum number of rows that decode simultaneously. grpo uses fewer slots if memory is
+    short."""
     kv_bits: Literal[4, 8] | None = None
     """Quantize the KV cache to this many bits per number while completions are sampled. Default: the cache has the
     model's dtype. A 16-bit cache shrinks to 0.53 (8 bits) or 0.28 (4 bits) of its size. Completions then differ

@@ -1,4 +1,4 @@
-"""What every section of a recipe is: frozen and strict, and the kinds of numbers that settings share."""
+"""The base class of a recipe's sections, which are frozen and strict, and the number types that settings share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ Above0 = Annotated[float, Field(gt=0, le=LARGE)]
 AtLeast0 = Annotated[float, Field(ge=0, le=LARGE)]
 
 LONGEST_PATH, LONGEST_NAME = 900, 255
-"""Bytes of a path, with room for the files in a run's folder (macOS allows 1,024 in all), and of one part of it."""
+"""Maximum number of bytes of a path, with room for the files in a run's folder (macOS allows 1,024 in total), and of
+one part of a path."""
 
 
 def _nameable(name: str) -> str:

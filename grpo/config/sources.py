@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from grpo.config.data import DataConfig
 
 TAKEN = ("data", "eval")
-"""Names that no source may have: tasks of the only source, and held-out tasks, go by them."""
+"""Names that no source may have: tasks of a single source use `data`, held-out tasks use `eval`."""
 
 
 def _fits(name: str) -> bool:
-    """Whether metrics can go by this name of a source."""
+    """Whether a source's name can be part of metric names."""
     return name not in TAKEN and bool(name.strip()) and name.isprintable() and not set("/\\") & set(name)
 
 
@@ -64,7 +64,7 @@ class SourceConfig(Section):
     streaming: bool | None = None
     """Read this source's rows when they are needed. Default: `data.streaming`."""
     window: Positive | None = None
-    """With `streaming`, how many of this source's rows are held in memory at once. Default: `data.window`."""
+    """With `streaming`, the number of this source's rows in memory. Default: `data.window`."""
     columns: dict[str, str] | None = None
     """New names for this source's columns, instead of `data.columns`. Default: `data.columns`."""
     prompt: str | None = None
@@ -91,7 +91,7 @@ class SourceConfig(Section):
 
     @property
     def called(self) -> str:
-        """Its name: `name`, or what `source` or `use` is called without folders and ending."""
+        """The source's name: `name`, or the last part of `source` or `use` without the file extension."""
         if self.name is not None:
             return self.name
         origin = self.source[0] if isinstance(self.source, tuple) else self.source or self.use or ""
@@ -101,13 +101,13 @@ class SourceConfig(Section):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What it says of its rows and prompts, by the settings of `data`."""
+        """The source's settings that are also settings of `data`."""
         given = {name: getattr(self, name) for name in self.changed - OF_A_SOURCE}
         return {name: value for name, value in given.items() if value is not None}
 
     def among(self, shared: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of `data` that its rows and prompts have, where these are `shared` by all sources: its own come
-        first, and a window is for those that have a use for it."""
+        """The source's complete settings of `data`: its own settings, then the `shared` settings of all sources. A
+        shared `window` is dropped if the source does not stream and shuffle."""
         given = {**shared, **self.settings}
         if not (given.get("streaming") and given.get("shuffle", True)) and "window" not in self.settings:
             given.pop("window", None)
@@ -115,13 +115,13 @@ class SourceConfig(Section):
 
 
 OF_A_SOURCE = frozenset({"name", "ratio", "rewards"})
-"""Settings that only one of several sources has."""
+"""Settings of a source that `data` does not have."""
 OF_ONE = frozenset({"source", "use", "kwargs", "config", "revision", "solve_rates", "solve_rate", "sampler"})
-"""Settings that say where the rows of one source come from, or which of them are taken."""
+"""Settings that belong to a single source: where its rows come from, and which rows are used."""
 
 
 def check_sources(cfg: DataConfig) -> None:
-    """Raise ValueError for several sources whose settings do not go together, or not with those of `data`."""
+    """Raise ValueError if the settings of several sources contradict each other or the section `data`."""
     if beside := sorted(cfg.changed & OF_ONE):
         raise ValueError(
             f"data.{beside[0]} does nothing with data.sources, where each source has its own: leave out one of them"
@@ -130,10 +130,13 @@ def check_sources(cfg: DataConfig) -> None:
         if source.called in (called := [one.called for one in cfg.sources[:place]]):
             raise ValueError(
                 f"data.sources.{place} has the same name as data.sources.{called.index(source.called)}, "
-                f"{source.called!r}, and metrics need different names: give one of them another name (name: ...)"
+                f"{source.called!r}, but metrics need unique names: give one of them another name (name: ...)"
             )
         if not _fits(source.called):
-            raise ValueError(f"data.sources.{place} would be called {source.called!r}: give it a name (name: ...)")
+            raise ValueError(
+                f"data.sources.{place} would get the name {source.called!r}, which metrics cannot use: give it another "
+                "name (name: ...)"
+            )
         try:
             cfg.part(source)
         except ValidationError as error:
@@ -143,7 +146,7 @@ def check_sources(cfg: DataConfig) -> None:
 
 
 def _of_source(said: str, place: int, shared: Collection[str]) -> str:
-    """What is wrong with a source, with the places of its settings: those that are `shared` stand in `data`."""
+    """The error `said` with the full names of a source's settings; `shared` settings are in the section `data`."""
 
     def setting(found: re.Match[str]) -> str:
         return found[0] if found[1] in shared else f"data.sources.{place}.{found[1]}"

@@ -49,12 +49,12 @@ class TeacherConfig(Section):
         return self
 
     def describe(self) -> str:
-        """Who teaches, and how, in a few words."""
+        """A short description of the teacher and its KL."""
         who = f"adapter {self.adapter}" if self.model is None else self.model.name
         kl = f"top {self.top_k}" if self.kl == "top_k" else self.kl
         return f"teacher {who}, {kl} KL × {self.coef:g}"
 
     @property
     def in_loss(self) -> bool:
-        """Whether the divergence is a term of the loss, and not part of the advantages."""
+        """Whether the divergence is a term of the loss, rather than part of the advantages."""
         return self.kl != "sampled"

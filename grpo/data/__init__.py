@@ -1,1 +1,1 @@
-"""Where tasks come from: rows of a dataset, made into prompts, as a shuffled stream with a cursor."""
+"""Task sources: rows of a dataset become prompts, in a shuffled stream with a cursor."""

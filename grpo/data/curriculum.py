@@ -1,4 +1,4 @@
-"""A `Source` that draws tasks by how often they were solved: few that are too hard now, few that teach nothing more."""
+"""A `Source` that draws tasks by their solve rates: few tasks that are still too hard, few that are already solved."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from grpo.types import Group, Rollout, Task
 log = logging.getLogger(__name__)
 
 TENTHS = tuple(f"curriculum/solve_rate/{100 * place // BINS:02}" for place in range(BINS))
-"""The metrics of the histogram of solve rates, by the per cent that each bar begins at."""
+"""Names of the metrics of the histogram of solve rates. The number is the percentage at which a bar begins."""
 
 
 class Curriculum:
-    """Draws each task with a chance that is its pool's weight over the weights of all tasks, with replacement.
+    """Draws tasks with replacement, each with probability proportional to the weight of its pool.
 
-    A task's pool goes by its solve rate when it was last sampled (`data.curriculum`, `Solved`). The draws come from the
-    seed and the number of draws before: with the same rates, as after a resume, they are the same.
+    A task's pool depends on its solve rate when it was last sampled (`data.curriculum`, `Solved`). Draws depend on the
+    seed, the number of earlier draws, and the rates, so a resumed run repeats them.
     """
 
     def __init__(
@@ -39,8 +39,7 @@ class Curriculum:
         seed: int,
         rates: RateTable | None = None,
     ) -> None:
-        """`stream` has the rows. `rates` are solve rates that are known from before, float64 `[rows]`, NaN where none
-        is."""
+        """`stream` has the rows. `rates` are solve rates measured earlier, float64 `[rows]`, NaN if unknown."""
         self._stream, self._cfg, self._solved, self._seed = stream, cfg, solved, seed
         self._pools = Pools(len(stream), cfg)
         self._draws = 0
@@ -56,8 +55,8 @@ class Curriculum:
         }
 
     def take(self, n: int) -> list[Task]:
-        """The next `n` tasks. Raises UserError where every prompt is too long, or all pools that are left weigh 0."""
-        if self._observed:  # the draws of a new step
+        """The next `n` tasks. Raises UserError if every prompt is too long, or if all nonempty pools have weight 0."""
+        if self._observed:  # a new step begins
             self._drawn, self._observed = Counter(), False
         tasks: list[Task] = []
         while len(tasks) < n:
@@ -71,14 +70,14 @@ class Curriculum:
         return tasks
 
     def check(self) -> None:
-        """Raise UserError where no task could be drawn now, as `take` would."""
+        """Raise UserError if no task can be drawn, as `take` would."""
         if self._pools.draw(0.0) is None:
             raise self._nothing_left()
 
     def observe(self, groups: Sequence[Group]) -> None:
-        """Put each task in the pool of its solve rate now. A task without a score stays where it is.
+        """Move each task to the pool of its new solve rate. A task without a score stays in its pool.
 
-        A task that was sampled several times in the step has the rate of all its completions.
+        For a task that was sampled several times in the step, the rate is over all its completions.
         """
         sampled: dict[int, list[Rollout]] = {}
         for group in groups:
@@ -90,8 +89,8 @@ class Curriculum:
         self._observed = True
 
     def metrics(self) -> dict[str, float]:
-        """How many tasks are in each pool now, how many have a solve rate in each tenth from 0 to 1, and which share
-        of the step's draws came from each pool."""
+        """The number of tasks in each pool, the number of tasks with a solve rate in each tenth from 0 to 1, and each
+        pool's share of the step's draws."""
         drawn = self._drawn.total()
         return {
             "dropped_prompts": float(self._pools.left_out),
@@ -101,17 +100,20 @@ class Curriculum:
         }
 
     def state(self) -> dict[str, Any]:
-        """How many draws there were, the solve rate of every task, and what the rates are of."""
+        """The number of draws, the solve rate of every task, and a description of the tasks and the reward."""
         return {"draws": self._draws, "of": self._of, "solve_rates": self._pools.packed()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where a curriculum over the same tasks was. After another kind of source, and where rows, prompts or
-        the reward are others, it goes on as a curriculum that begins: those rates are not of its tasks."""
-        self._drawn, self._observed = Counter(), False  # a step that was broken off is made anew
+        """Resume from the state of a curriculum over the same tasks. Starts from scratch after another kind of source,
+        or if rows, prompts or the reward have changed, because the rates are then not those of these tasks."""
+        self._drawn, self._observed = Counter(), False  # an interrupted step is repeated
         if "solve_rates" not in state:
             return
         if others := [name for name, value in self._of.items() if state["of"].get(name) != value]:
-            log.warning("data.curriculum: its solve rates are of other %s, so it begins anew", " and ".join(others))
+            log.warning(
+                "data.curriculum: starts from scratch, because the checkpoint's solve rates are of other %s",
+                " and ".join(others),
+            )
             return
         self._draws = state["draws"]
         self._pools.load(state["solve_rates"])
@@ -128,8 +130,8 @@ class Curriculum:
         there = {pool: size for pool, size in self._pools.sizes().items() if size}
         if not there:
             return self._stream.nothing_fits()
-        said = ", ".join(f"{size:,} {pool}" for pool, size in there.items())
+        pools = ", ".join(f"{size:,} {pool}" for pool, size in there.items())
         return UserError(
-            f"data.curriculum: no task is left to draw: all pools that have tasks ({said}) have the weight 0. Give one "
-            f"of them a weight, such as data.curriculum.{next(iter(there))}=0.1"
+            f"data.curriculum: no task is left to draw: all pools with tasks ({pools}) have the weight 0. Set the "
+            f"weight of one of them, such as data.curriculum.{next(iter(there))}=0.1"
         )

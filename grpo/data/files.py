@@ -1,4 +1,4 @@
-"""Rows that lie on this machine: data files, several or one, and folders that `save_to_disk` wrote."""
+"""Rows on this machine: data files, and folders that `save_to_disk` wrote."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from grpo.data.rows import Rows
 from grpo.errors import UserError
 
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
-"""Files by which a folder of `Dataset.save_to_disk` and one of `DatasetDict.save_to_disk` are known."""
+"""Files that identify a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
 BLOCK = 2**20
-"""Bytes that are read at once."""
+"""Bytes per read."""
 
 
 def load_files(source: Origin, split: str) -> Rows:
-    """The rows of all files that `source` names, in the order of the list; files of one pattern by their names.
+    """The rows of all files that `source` names, in the order of the list. Files of a pattern are sorted by name.
 
-    Raises UserError for a file that is not there, is empty, or cannot be read, and where columns do not agree.
+    Raises UserError for a file that is missing, empty or unreadable, and if the files' columns differ.
     """
     from datasets import concatenate_datasets, disable_progress_bars, logging
 
@@ -34,19 +34,19 @@ def load_files(source: Origin, split: str) -> Rows:
         _check_file(path)
     _check_split(paths, split)
     disable_progress_bars()
-    logging.set_verbosity(logging.CRITICAL)  # what its readers have to say is said below
+    logging.set_verbosity(logging.CRITICAL)  # errors are reported below
     parts: list[Any] = [_load(list(same)) for _, same in groupby(paths, key=lambda path: FILE_TYPES[path.suffix])]
     try:
         rows: Rows = parts[0] if len(parts) == 1 else concatenate_datasets(list(map(_one_text, parts)))
     except ValueError as error:
-        raise UserError(f"data {paths[0]} to {paths[-1]}: their columns do not agree: {one_line(error)}") from error
+        raise UserError(f"data {paths[0]} to {paths[-1]}: their columns differ: {one_line(error)}") from error
     return rows
 
 
 def stream_files(source: Origin, split: str) -> tuple[list[Path], Callable[[], Any]]:
-    """The files that `source` names, and what opens their rows as a `datasets.IterableDataset`.
+    """The files that `source` names, and a function that opens their rows as a `datasets.IterableDataset`.
 
-    Raises UserError for a file that is not there or is empty, and for files of several kinds.
+    Raises UserError for a missing or empty file, and for files of several kinds.
     """
     load_dataset = _reader()
 
@@ -56,14 +56,16 @@ def stream_files(source: Origin, split: str) -> tuple[list[Path], Callable[[], A
     _check_split(paths, split)
     kinds = sorted({path.suffix for path in paths})
     if len({FILE_TYPES[kind] for kind in kinds}) > 1:
-        raise UserError(f"data {paths[0]}: files that are streamed are of one kind, and these are {', '.join(kinds)}")
+        raise UserError(
+            f"data {paths[0]}: all streamed files must be of one kind, but these are of several: {', '.join(kinds)}"
+        )
     names = [glob.escape(str(path)) for path in paths]
     return paths, lambda: load_dataset(FILE_TYPES[kinds[0]], data_files=names, split="train", streaming=True)
 
 
 def _reader() -> Callable[..., Any]:
-    """`datasets.load_dataset`, which would ask the network to count that it was called: for files of this machine, too,
-    and without a network for up to five seconds."""
+    """`datasets.load_dataset` without its download counter, which calls the network even for local files, and without a
+    network delays each call by up to five seconds."""
     import datasets
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
@@ -77,21 +79,21 @@ def is_saved(folder: Path) -> bool:
 
 
 def is_one_split(source: str) -> bool:
-    """Whether a source has no splits but `train`: files, and a folder of `Dataset.save_to_disk`."""
+    """Whether a source has only the split `train`: files, and a folder of `Dataset.save_to_disk`."""
     return is_files(source) or (Path(source).expanduser() / SAVED).is_file()
 
 
 def load_saved(folder: Path, split: str) -> Rows:
-    """The rows that `save_to_disk` wrote. Raises UserError for a split that is not there, and for damage."""
+    """The rows that `save_to_disk` wrote. Raises UserError for a missing split, and for a damaged folder."""
     from datasets import Dataset, load_from_disk
 
     try:
         found: Any = load_from_disk(str(folder))
-    except Exception as error:  # readers raise their own kinds, and all of them mean the folder
+    except Exception as error:  # readers raise many kinds of errors, all about the folder
         raise UserError(f"data {folder}: cannot be read as a saved dataset: {one_line(error)}") from error
     if not isinstance(found, Dataset):
         if split not in found:
-            raise UserError(f"data {folder}: no split {split!r}; there is {', '.join(map(str, found))}")
+            raise UserError(f"data {folder}: no split {split!r}; it has {', '.join(map(str, found))}")
         found = found[split]
     elif split != "train":
         raise UserError(f"data {folder}: the folder holds one dataset, split 'train'; there is no {split!r}")
@@ -100,7 +102,7 @@ def load_saved(folder: Path, split: str) -> Rows:
 
 
 def _matching(name: str) -> list[Path]:
-    """The file of that name, or those that match the pattern, by name."""
+    """The file with this name, or the files that match the pattern, sorted by name."""
     path = Path(name).expanduser()
     if path.exists() or not is_pattern(name):
         return [path]
@@ -109,8 +111,8 @@ def _matching(name: str) -> list[Path]:
         raise UserError(f"data {name}: no file matches this pattern")
     if odd := [path for path in found if path.suffix not in FILE_TYPES]:
         raise UserError(
-            f"data {name}: the pattern matches {odd[0]}, which is none of {', '.join(FILE_TYPES)}: "
-            "make it narrower, such as *.jsonl"
+            f"data {name}: the pattern matches {odd[0]}, which does not end in {', '.join(FILE_TYPES)}: use a narrower "
+            "pattern, such as *.jsonl"
         )
     return found
 
@@ -135,7 +137,7 @@ def _check_file(path: Path) -> None:
 
 
 def _not_utf8(path: Path) -> str | None:
-    """What keeps a file from being text in UTF-8, and what to do; readers find that late, or never."""
+    """Why a file is not UTF-8 text, and what to do; None if it is. Readers notice this late, or never."""
     decoder, start, lines = codecs.getincrementaldecoder("utf-8")(), 0, 0
     with path.open("rb") as file:
         while True:
@@ -172,12 +174,12 @@ def _load(paths: Sequence[Path]) -> Rows:
     try:
         names = [glob.escape(str(path)) for path in paths]
         rows: Rows = load_dataset(FILE_TYPES[paths[0].suffix], data_files=names, split="train")
-    except Exception as error:  # the readers raise their own kinds, and all of them mean the files
+    except Exception as error:  # readers raise many kinds of errors, all about the files
         if len(paths) > 1:
             for path in paths:
-                _load([path])  # the file that is to blame says so
+                _load([path])  # raises an error that names the file
             raise UserError(
-                f"data {paths[0]} to {paths[-1]}: their columns do not agree: {one_line(error.__cause__ or error)}"
+                f"data {paths[0]} to {paths[-1]}: their columns differ: {one_line(error.__cause__ or error)}"
             ) from error
         (path,) = paths
         if "corresponds to no data" in str(error):
@@ -188,7 +190,7 @@ def _load(paths: Sequence[Path]) -> Rows:
 
 
 def _one_text(part: Any) -> Any:
-    """The rows with one kind of text: what is read from CSV has another than what is read from JSON."""
+    """The rows with one text type, because the readers of CSV and JSON return different types."""
     from datasets import Value
 
     large = [name for name, feature in part.features.items() if feature == Value("large_string")]
@@ -198,12 +200,12 @@ def _one_text(part: Any) -> Any:
 
 
 def _wrong_line(path: Path) -> str | None:
-    """The first line that is no JSON object; the readers count rows, of a block and from 0."""
+    """The first line that is not a JSON object. (Readers count rows instead, from 0 in each block.)"""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 if line.strip() and not isinstance(json.loads(line), dict):
-                    return f"line {number} is no object: {line.decode().strip()[:80]}"
+                    return f"line {number} is not an object: {line.decode().strip()[:80]}"
             except json.JSONDecodeError as error:
                 return f"line {number}, column {error.colno}: {error.msg}"
     return None

@@ -1,4 +1,4 @@
-"""A fingerprint of rows: tells whether data is still the data that it was, wherever it lies now."""
+"""A fingerprint of rows, which shows whether data has changed, wherever it is stored."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from grpo.data.rows import Renamed, Rows
 from grpo.data.streaming import Streamed
 
 MOST_ROWS = 50_000
-"""Rows that are read for a fingerprint. Of more rows so many are, evenly spread."""
+"""Most rows that are read for a fingerprint. Of larger data, this many evenly spaced rows are read."""
 
 
 def fingerprint(rows: Rows | Streamed) -> str:
-    """A hash of the number of rows and of their contents, 16 hexadecimal digits.
+    """A hash of the number of rows and their contents, 16 hexadecimal digits.
 
-    It does not depend on paths, times of files or formats of storage. Of more than `MOST_ROWS` rows it sees a part, the
-    first and the last included.
+    It does not depend on paths, file times or storage formats. Of more than `MOST_ROWS` rows it covers a part, which
+    includes the first and the last row.
     """
     if isinstance(rows, Streamed):
         return _digest([rows.fingerprint(), rows.cfg.columns])
@@ -36,7 +36,7 @@ def fingerprint(rows: Rows | Streamed) -> str:
 
 
 def _plain(rows: Rows, chosen: list[int]) -> list[Any]:
-    """Rows as they are stored: images and sounds stay bytes."""
+    """Rows in their stored form: images and audio stay bytes."""
     from datasets import Dataset
 
     if not isinstance(rows, Dataset):
@@ -52,11 +52,11 @@ def _digest(value: Any) -> str:
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, default=_said).encode()
+    return json.dumps(value, sort_keys=True, default=_text).encode()
 
 
-def _said(value: Any) -> str:
-    """A value that JSON does not have, as text that is the same in each process."""
+def _text(value: Any) -> str:
+    """A value that JSON cannot represent, as text that is the same in every process."""
     if isinstance(value, set | frozenset):
         return repr(sorted(map(repr, value)))
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

@@ -1,4 +1,4 @@
-"""Rows that a function of the user's returns (`data.use`), checked like any other."""
+"""Rows from a user's function (`data.use`), checked like rows from other sources."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from grpo.plugins import Function, Located
 
 
 def load_function(cfg: DataConfig) -> Rows:
-    """The rows of what the function in `cfg.use` returns. See `rows_from`.
+    """The rows that the function in `cfg.use` returns. See `rows_from`.
 
-    Raises UserError for a function that cannot be imported or called with `cfg.kwargs`, one that raises, and for a
-    result that is not rows.
+    Raises UserError if the function cannot be imported or called with `cfg.kwargs`, if it raises, and if its result is
+    not rows.
     """
     assert cfg.use is not None
     function = Located(cfg.use, cfg.use, "data").load()
@@ -29,18 +29,18 @@ def load_function(cfg: DataConfig) -> Rows:
 
 
 def _arguments(function: Function, cfg: DataConfig) -> dict[str, Any]:
-    """`cfg.kwargs`, and the split where the function takes one."""
+    """`cfg.kwargs`, and the split if the function has a parameter for it."""
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # code without a signature: the call will tell
+    except (TypeError, ValueError):  # without a signature, the call itself raises for wrong arguments
         return dict(cfg.kwargs)
     named = signature.parameters.get("split")
     if "split" in cfg.kwargs and named is not None:
         raise UserError(f"data {cfg.use}: its argument `split` comes from data.split and eval.split, not from kwargs")
     if named is None and cfg.split != "train":
         raise UserError(
-            f"data {cfg.use}: the function takes no `split`, so its rows are one split, 'train'; there is no "
-            f"{cfg.split!r}. Give it a parameter `split`, or name held-out rows by eval.source or eval.use"
+            f"data {cfg.use}: the function has no parameter `split`, so its rows are one split, 'train'; there is no "
+            f"{cfg.split!r}. Add a parameter `split`, or name held-out rows with eval.source or eval.use"
         )
     arguments = {**cfg.kwargs, **({"split": cfg.split} if named is not None else {})}
     try:
@@ -55,7 +55,7 @@ def _guarded(use: str, call: Callable[[], Rows]) -> Rows:
         return call()
     except UserError:
         raise
-    except Exception as error:  # the user's code: whatever it raises is theirs to see
+    except Exception as error:  # the user's code may raise anything, and the user must see it
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(frame.filename).name}:{frame.lineno}"
         raise UserError(f"data {use}: it raised {type(error).__name__}: {one_line(error)} ({where})") from error

@@ -1,4 +1,4 @@
-"""How long the prompts of a dataset are: all of them are rendered once, and the answer is kept for the next start."""
+"""Measures the prompts of a dataset: all are rendered once, and the result is cached for the next start."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from grpo.data.rows import Rows
 from grpo.data.stream import all_too_long
 
 MOST_ROWS, MOST_TOKENS = 50_000, 20_000_000
-"""What is rendered at start-up at most: about 20 seconds' worth, once. More text is planned for by
+"""Most rows and tokens that are rendered at startup, once, in about 20 seconds. For more text, memory is planned by
 `max_prompt_length`."""
 VERSION = 2
-"""To be raised when the same rows and settings make other prompts."""
+"""Increase this when the same rows and settings give different prompts."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """What rendering every prompt found: `longest` and `shortest` in tokens, of those that fit; and how many rows are
-    left out."""
+    """Lengths of all prompts: `longest` and `shortest` in tokens, of the prompts that fit, and the number of rows that
+    are dropped because the prompt is too long or null."""
 
     rows: int
     longest: int
@@ -38,10 +38,10 @@ class Lengths:
 
 
 def measure_lengths(rows: Rows, renderer: PromptRenderer) -> Lengths | None:
-    """The lengths of all prompts, or None where there are more than `MOST_ROWS` rows or `MOST_TOKENS` tokens.
+    """The lengths of all prompts, or None if there are more than `MOST_ROWS` rows or `MOST_TOKENS` tokens.
 
-    Raises UserError for every row that `PromptRenderer.task` refuses, and where no prompt fits. What was measured is
-    kept in the cache folder by the contents of the rows, the tokenizer and the settings.
+    Raises UserError for a row that `PromptRenderer.task` rejects, and if no prompt fits. Results are stored in the
+    cache folder, by the contents of the rows, the tokenizer and the settings.
     """
     if len(rows) > MOST_ROWS:
         return None
@@ -50,7 +50,7 @@ def measure_lengths(rows: Rows, renderer: PromptRenderer) -> Lengths | None:
         try:
             return _read(kept)
         except (OSError, ValueError, TypeError):
-            log.debug("%s is not whole: measured again", kept)
+            log.debug("%s is damaged: measuring again", kept)
     found = _measured(rows, renderer)
     if kept is not None:
         _write(kept, found)
@@ -77,14 +77,14 @@ def _measured(rows: Rows, renderer: PromptRenderer) -> Lengths | None:
 
 
 def _place(rows: Rows, renderer: PromptRenderer) -> Path | None:
-    """The file where these lengths are kept; None for a tokenizer that cannot be told from others."""
+    """The cache file for these lengths; None for a tokenizer that cannot be identified."""
     tokenizer = renderer.identity
     if tokenizer is None:
         return None
     cfg = renderer.cfg
     settings = cfg.prompt, cfg.system, cfg.chat_template, cfg.continue_final_message, cfg.max_prompt_length
-    told = cfg.chat_template_kwargs, renderer.tools
-    parts = VERSION, fingerprint(rows), tokenizer, renderer.vocabulary, settings, told
+    template_arguments = cfg.chat_template_kwargs, renderer.tools
+    parts = VERSION, fingerprint(rows), tokenizer, renderer.vocabulary, settings, template_arguments
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
     return cache_folder() / "lengths" / f"{digest}.json"
 
@@ -95,7 +95,7 @@ def _read(path: Path) -> Lengths | None:
 
 
 def _write(path: Path, found: Lengths | None) -> None:
-    """Keep what was measured, whole or not at all; where there is no room the next start measures again."""
+    """Write the lengths atomically. If the file cannot be written, the next start measures again."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, aside = tempfile.mkstemp(dir=path.parent)
@@ -103,4 +103,4 @@ def _write(path: Path, found: Lengths | None) -> None:
             json.dump(found and asdict(found), file)
         os.replace(aside, path)
     except OSError as error:
-        log.debug("the lengths of prompts were not kept in %s: %s", path, error)
+        log.debug("the lengths of prompts could not be stored in %s: %s", path, error)

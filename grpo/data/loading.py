@@ -26,23 +26,23 @@ if TYPE_CHECKING:
 def load_rows(cfg: DataConfig) -> Rows:
     """The rows that `cfg` names.
 
-    Raises UserError for a source that cannot be found, fetched or read, for one without rows, and for a column of
-    `cfg.columns` that is not there.
+    Raises UserError for a source that cannot be found, downloaded or read, for a source without rows, and for a missing
+    column of `cfg.columns`.
     """
     return prepared_rows(_found(cfg), cfg)
 
 
 def open_stream(cfg: DataConfig) -> Streamed:
-    """The rows that `cfg` names, to be read as they are needed. The first is read here.
+    """The rows that `cfg` names, read on demand. Reads the first row immediately.
 
-    Raises UserError as `load_rows` does, as far as the first row tells.
+    Raises UserError as `load_rows` does, as far as the first row shows.
     """
     assert cfg.source is not None, "the schema refuses functions"
     if not is_files(cfg.source):
         if is_local(cfg):
             raise UserError(
                 f"data.streaming does nothing with {cfg.source}, a folder that save_to_disk wrote: its rows are read "
-                "where they lie"
+                "from disk on demand anyway"
             )
         rows = Streamed(lambda: _load_hub(cfg, str(cfg.source), streaming=True), cfg)
     else:
@@ -54,10 +54,9 @@ def open_stream(cfg: DataConfig) -> Streamed:
 
 
 def prepared_rows(rows: Rows, cfg: DataConfig) -> Rows:
-    """Rows of the source that `cfg` names, of which `cfg.solve_rate` may keep a part, with `cfg.columns` and
-    `cfg.environment` added.
+    """The source's rows, filtered by `cfg.solve_rate`, with `cfg.columns` and `cfg.environment` added.
 
-    Raises UserError where there are none.
+    Raises UserError if there are no rows.
     """
     if len(rows) == 0:
         raise UserError(f"data {cfg.label}: split {cfg.split!r} has no rows")
@@ -66,7 +65,7 @@ def prepared_rows(rows: Rows, cfg: DataConfig) -> Rows:
 
 
 def is_local(cfg: DataConfig) -> bool:
-    """Whether the rows are to be had without the Hub."""
+    """Whether the rows are available without the Hub."""
     return cfg.source is None or is_builtin(cfg.source) or is_files(cfg.source) or _is_saved(cfg.source)
 
 
@@ -85,16 +84,16 @@ def _found(cfg: DataConfig) -> Rows:
             raise UserError(f"data.{min(unread)} is for Hub datasets; {source} is a folder")
         return load_saved(path, cfg.split)
     if path.is_file():
-        raise UserError(f"data {source}: files are read by their ending: {', '.join(FILE_TYPES)}")
+        raise UserError(f"data {source}: unknown file type; grpo reads {', '.join(FILE_TYPES)}")
     if path.is_dir() and (path.is_absolute() or source.startswith((".", "~"))):
         raise UserError(
-            f"data {source}: a folder that save_to_disk did not write: name a file in it, or several by a pattern such "
-            f"as {source}/*.jsonl ({', '.join(FILE_TYPES)})"
+            f"data {source}: save_to_disk did not write this folder: name a file in it, or several files with a "
+            f"pattern such as {source}/*.jsonl ({', '.join(FILE_TYPES)})"
         )
     if path.is_absolute() or source.startswith((".", "~")):
         raise UserError(f"data {source}: there is no such file or folder ({', '.join(FILE_TYPES)})")
     if ".py:" in source:
-        raise UserError(f"data {source}: a function that returns rows is named by data.use (or eval.use), not source")
+        raise UserError(f"data {source}: to use a function that returns rows, set data.use (or eval.use), not source")
     rows: Rows = _load_hub(cfg, source)
     return rows
 
@@ -125,8 +124,8 @@ def _load_hub(cfg: DataConfig, name: str, streaming: bool = False) -> Any:
 
 
 def _with_main(loaded: Callable[[str | None], Any], cfg: DataConfig) -> Any:
-    """The rows that `loaded` gives for the recipe's configuration; where it names none and the dataset has several, for
-    `main` if that is one of them, as it is for GSM8K."""
+    """The rows that `loaded` returns for the recipe's configuration. If the recipe names none and the dataset has
+    several, uses `main` if there is one, as in GSM8K."""
     try:
         return loaded(cfg.config)
     except ValueError as error:
@@ -137,12 +136,12 @@ def _with_main(loaded: Callable[[str | None], Any], cfg: DataConfig) -> Any:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Have `datasets` look into its cache at once: by itself it asks in vain for half a minute before."""
+    """Make `datasets` use its cache immediately. By default it first tries the network for half a minute."""
     from datasets import config, logging
 
-    before, said = config.HF_HUB_OFFLINE, logging.get_verbosity()
+    before, verbosity = config.HF_HUB_OFFLINE, logging.get_verbosity()
     config.HF_HUB_OFFLINE = True
-    logging.set_verbosity(logging.ERROR)  # what it found there is said by us
+    logging.set_verbosity(logging.ERROR)  # grpo itself reports that the cache is used
     try:
         yield
     except ValueError as error:
@@ -151,11 +150,11 @@ def _offline() -> Iterator[None]:
         raise FileNotFoundError(str(error)) from error
     finally:
         config.HF_HUB_OFFLINE = before
-        logging.set_verbosity(said)
+        logging.set_verbosity(verbosity)
 
 
 def _check_cached(rows: Dataset, name: str, revision: str) -> None:
-    """Raise OSError if these are not the rows of `revision`: `datasets` gives whatever it cached last."""
+    """Raise OSError if these are not the rows of `revision`, because `datasets` returns what it cached last."""
     wanted = cached_commit(Repository("dataset", name, revision), "README.md") or revision
     found = Path(rows.cache_files[0]["filename"]).parent.name
     if found != wanted:

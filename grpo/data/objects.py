@@ -1,4 +1,4 @@
-"""Rows that are Python objects: a dataset, a list of dicts, a data frame, or anything else that gives dicts."""
+"""Rows from Python objects: a dataset, a list of dicts, a data frame, or another iterable of dicts."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from grpo.data.rows import Rows
 from grpo.errors import UserError
 
 MOST_ROWS = 10_000_000
-"""Rows of an iterable; beyond that it is taken to have no end."""
+"""Most rows of an iterable. A longer iterable is assumed to be infinite."""
 WANTED = "rows: a list of dicts, a datasets.Dataset, a pandas DataFrame or another iterable of dicts"
 
 
 def rows_from(found: Any, what: str, split: str) -> Rows:
-    """The rows of an object: a `datasets.Dataset` as it is, anything else as a list of dicts.
+    """The rows of an object: a `datasets.Dataset` unchanged, anything else as a list of dicts.
 
-    Of a `DatasetDict` the rows are those of `split`. `what` says in errors what the object is. Raises UserError for a
-    split that is not there, and for what gives no rows.
+    For a `DatasetDict`, the rows of `split`. `what` names the object in errors. Raises UserError for a missing split,
+    and for an object that is not rows.
     """
     if has_splits(found):
         if split not in found:
-            raise UserError(f"{what}: no split {split!r}; there is {', '.join(map(str, found))}")
+            raise UserError(f"{what}: no split {split!r}; it has {', '.join(map(str, found))}")
         found = found[split]
     if _is_of("datasets", "Dataset", found):
         table: Rows = found
@@ -34,11 +34,11 @@ def rows_from(found: Any, what: str, split: str) -> Rows:
         raise UserError(f"{what} is of type {type(found).__name__}; expected {WANTED}")
     rows = list(islice(found, MOST_ROWS + 1))
     if len(rows) > MOST_ROWS:
-        raise UserError(f"{what} gave more than {MOST_ROWS:,} rows, as if it had no end; give fewer")
+        raise UserError(f"{what} gave more than {MOST_ROWS:,} rows, so it may be infinite; give fewer rows")
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping) or not all(isinstance(name, str) for name in row):
             raise UserError(
-                f"{what}: row {index} is not a dict with names of columns, but {type(row).__name__}: {str(row)[:80]!r}"
+                f"{what}: row {index} is not a dict with column names, but {type(row).__name__}: {str(row)[:80]!r}"
             )
     return rows
 
@@ -49,7 +49,7 @@ def has_splits(found: Any) -> bool:
 
 
 def _is_of(package: str, name: str, found: Any) -> bool:
-    """Whether an object is of a class of a package. Whoever has such an object has imported the package: it is not
-    imported here, because that takes a second."""
+    """Whether an object is an instance of a package's class. Does not import the package, which takes a second: if
+    there is an instance, the package is already imported."""
     kind = getattr(sys.modules.get(package), name, None)
     return kind is not None and isinstance(found, kind)

@@ -1,4 +1,4 @@
-"""A class of the user's own among the sources of tasks: what it raises, and what it keeps, are told in their words."""
+"""Wraps a user's class as a task source, with errors that name the user's method, file and line."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ R = TypeVar("R")
 
 
 class OwnSource:
-    """The source that a class of `data.sampler` made, called `name` in errors.
+    """The source that a `data.sampler` class created, named `name` in errors.
 
-    Every method raises RunError where the user's own raises an exception: a line with the method, the exception, and
-    the place in their file.
+    If a method of the user's class raises an exception, the wrapper raises RunError: one line with the method, the
+    exception, and the place in the user's file.
     """
 
     def __init__(self, source: Source, name: str) -> None:
@@ -35,14 +35,14 @@ class OwnSource:
         return self._call("metrics()", self._source.metrics)
 
     def state(self) -> Mapping[str, Any]:
-        """Its state. Raises RunError for one that a checkpoint cannot hold, which is JSON."""
+        """The source's state. Raises RunError if the state is not JSON, which checkpoints need."""
         state = self._call("state()", self._source.state)
         try:
             json.dumps(state)
         except (TypeError, ValueError) as error:
             raise RunError(
-                f"{self._name}: what state() returns goes into checkpoints as JSON, and {error}. Return dicts, lists, "
-                "texts, numbers, true, false and None: of tasks their `index`, of a set a sorted list"
+                f"{self._name}: checkpoints store the result of state() as JSON, but {error}. Return dicts, lists, "
+                "strings, numbers, True, False and None: the `index` of a task, a sorted list instead of a set"
             ) from error
         return state
 
@@ -54,7 +54,7 @@ class OwnSource:
             return call()
         except (UserError, RunError):
             raise
-        except Exception as error:  # the user's code: whatever it raises is theirs to see
+        except Exception as error:  # the user's code may raise anything, and the user must see it
             frame = traceback.extract_tb(error.__traceback__)[-1]
             raised = " ".join(f"{type(error).__name__}: {error}".split())
             raise RunError(

@@ -1,4 +1,4 @@
-"""The solve rate of each task and the pool that it puts the task in: drawn from by weight, kept in few bytes."""
+"""Solve rates and pools of tasks: weighted draws, and compact storage."""
 
 from __future__ import annotations
 
@@ -17,53 +17,53 @@ from grpo.config import CurriculumConfig
 
 POOLS = ("hard", "normal", "easy", "unseen")
 UNSEEN, LEFT_OUT = -1.0, -2.0
-"""What stands in the place of the rate of a task that nobody has tried, and of a row that makes no task."""
+"""Stored instead of a rate: for a task that was never sampled, and for a row without a task."""
 _UNSEEN, _LEFT_OUT = 3, 4
-"""Their numbers. The pools with rates are 0, 1 and 2, as in `POOLS`."""
+"""Pool numbers of these two. The pools with rates are 0, 1 and 2, as in `POOLS`."""
 BINS = 10
 """Bars of the histogram of solve rates."""
 CHUNK = 1024
-"""Rows whose rates are packed together. A draw looks at the weights of all chunks, and at the rows of one."""
+"""Rows whose rates are packed together. A draw reads the weights of all chunks, and the rows of one chunk."""
 
 
 class Pools:
-    """The solve rates of `size` tasks, by index, in [0, 1] as float32, and a draw by the weights of their pools.
+    """The solve rates of `size` tasks by index, float32 in [0, 1], and draws weighted by pool.
 
-    What is drawn depends on the rates alone, not on the order in which they came: so a table that was packed and
-    loaded draws what this one would. 4 bytes a task, and the packed text, which is less than 6.
+    Draws depend only on the rates, not on the order in which they were set: so a table that was packed and loaded draws
+    the same tasks. Takes 4 bytes per task, and less than 6 for the packed text.
     """
 
     def __init__(self, size: int, cfg: CurriculumConfig) -> None:
         self._rates = array("f", [UNSEEN]) * size
-        # The thresholds are rounded like the rates: 3 of 10 are not above 0.3.
+        # The thresholds are rounded to float32 like the rates, so that 3 of 10 is not above 0.3.
         self._edges = tuple(array("f", [cfg.hard_threshold, cfg.easy_threshold]))
         self._weights = (cfg.hard, cfg.normal, cfg.easy, cfg.unseen, 0.0)
         chunks = -(-size // CHUNK)
         self._counts = self._counted(self._rates)
-        self._packed: list[str | None] = [""] * chunks  # None: not packed since it was changed
+        self._packed: list[str | None] = [""] * chunks  # None: changed since it was packed
         self._sums: list[float] | None = None
 
     def __len__(self) -> int:
         return len(self._rates)
 
     def sizes(self) -> dict[str, int]:
-        """How many tasks are in each pool. Rows that make no task are in none."""
+        """Number of tasks in each pool. Rows without a task are in no pool."""
         return {pool: sum(counts[number] for counts in self._counts) for number, pool in enumerate(POOLS)}
 
     def histogram(self) -> list[int]:
-        """How many tasks have a solve rate in each tenth from 0 to 1. A rate between two counts in the higher one."""
+        """Number of tasks with a solve rate in each tenth from 0 to 1. A rate on an edge counts in the higher tenth."""
         rates = np.frombuffer(self._rates, np.float32)
-        tenths = (rates[rates >= 0] * BINS + 1e-4).astype(np.int64)  # the rates are rounded: 0.7 is a little less
+        tenths = (rates[rates >= 0] * BINS + 1e-4).astype(np.int64)  # float32 rounds 0.7 down a little
         counted: list[int] = np.bincount(np.minimum(tenths, BINS - 1), minlength=BINS).tolist()
         return counted
 
     @property
     def left_out(self) -> int:
-        """How many rows make no task."""
+        """Number of rows without a task."""
         return sum(counts[_LEFT_OUT] for counts in self._counts)
 
     def rate(self, index: int) -> float | None:
-        """A task's solve rate, None for one without."""
+        """A task's solve rate; None if it has none."""
         return None if (rate := self._rates[index]) < 0 else rate
 
     def pool(self, index: int) -> str:
@@ -71,7 +71,7 @@ class Pools:
         return POOLS[self._number(self._rates[index])]
 
     def put(self, index: int, rate: float) -> None:
-        """Give a task a solve rate, or `LEFT_OUT`."""
+        """Set a task's solve rate, or `LEFT_OUT`."""
         chunk = index // CHUNK
         counts = self._counts[chunk]
         counts[self._number(self._rates[index])] -= 1
@@ -80,12 +80,12 @@ class Pools:
         self._packed[chunk] = self._sums = None
 
     def begin(self, rates: npt.NDArray[np.float64]) -> None:
-        """Give all tasks their rates, NaN to those that nobody has tried."""
+        """Set the rates of all tasks. NaN means that a task was never sampled."""
         self._take(np.where(np.isnan(rates), UNSEEN, rates).astype(np.float32))
         self._packed = [None] * len(self._packed)
 
     def draw(self, at: float) -> int | None:
-        """The task at the place `at`, from 0 to less than 1, of all weights laid end to end; None where all are 0."""
+        """The task at the position `at`, 0 ≤ `at` < 1, in the cumulative weights of all tasks; None if all are 0."""
         if self._sums is None:
             self._sums = list(accumulate(map(self._weight, self._counts)))
         if not self._sums[-1]:
@@ -97,13 +97,13 @@ class Pools:
         return chunk * CHUNK + _at(rows, place - (self._sums[chunk - 1] if chunk else 0.0))
 
     def packed(self) -> list[str]:
-        """All rates as text, chunk by chunk, "" for a chunk of unseen tasks. Only what has changed is packed anew."""
+        """All rates as text, chunk by chunk, "" for a chunk of unseen tasks. Only changed chunks are packed again."""
         packed = [self._pack(chunk) if text is None else text for chunk, text in enumerate(self._packed)]
         self._packed = [*packed]
         return packed
 
     def load(self, packed: Sequence[str]) -> None:
-        """Take the rates of a table of the same size, as `packed` gave them."""
+        """Set the rates from the result of `packed`, of a table with the same size."""
         unseen = np.full(CHUNK, UNSEEN, np.float32)
         parts = [np.frombuffer(zlib.decompress(b64decode(text)), np.float32) if text else unseen for text in packed]
         self._take(np.concatenate(parts)[: len(self)])  # the last chunk is shorter
@@ -114,9 +114,9 @@ class Pools:
         self._counts, self._sums = self._counted(self._rates), None
 
     def _counted(self, rates: array[float]) -> list[list[int]]:
-        """How many tasks of each chunk are in each pool: `[chunks][5]`."""
+        """Number of tasks of each chunk in each pool: `[chunks][5]`."""
         table = np.frombuffer(rates, np.float32)
-        numbers = np.searchsorted(np.array(self._edges, np.float32), table)  # as `_number` does it, for all
+        numbers = np.searchsorted(np.array(self._edges, np.float32), table)  # `_number`, vectorized
         numbers = np.where(table >= 0, numbers, np.where(table == UNSEEN, _UNSEEN, _LEFT_OUT))
         kinds, chunks = _LEFT_OUT + 1, -(-len(table) // CHUNK)
         places = np.arange(len(table)) // CHUNK * kinds + numbers
@@ -136,5 +136,5 @@ class Pools:
 
 
 def _at(sums: Sequence[float], place: float) -> int:
-    """The first position whose running sum is above `place`: always one with a weight, also where sums were rounded."""
+    """The first index whose cumulative sum is above `place`. Always has a nonzero weight, in spite of rounding."""
     return bisect_right(sums, min(place, math.nextafter(sums[-1], 0.0)))

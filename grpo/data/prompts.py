@@ -1,4 +1,4 @@
-"""A row becomes a task: its prompt as rewards see it, and as token ids."""
+"""Turns rows into tasks: the prompt as rewards see it, and its token ids."""
 
 from __future__ import annotations
 
@@ -21,33 +21,34 @@ if TYPE_CHECKING:
     from grpo.model.mlxlm import TokenizerWrapper
 
 Tools = Sequence[Schema] | Mapping[str, Sequence[Schema]]
-"""The tools that a prompt shows; where there are several environments those of each, by the column `environment`."""
+"""The tools that a prompt shows. With several environments, each environment's tools by its name (column
+`environment`)."""
 
 
 class PromptReader:
-    """Reads prompts out of rows, as a recipe's `data` section says: text or messages, without their tokens."""
+    """Reads prompts from rows, as a recipe's `data` section says: text or messages, without token ids."""
 
     supplied = chats = False
 
     def __init__(self, cfg: DataConfig, source: str = "data") -> None:
-        """`source` is the name of the source that the tasks say they are of."""
+        """`source` is the source name in the tasks."""
         self.cfg = cfg
         self.source = source
 
     @property
     def columns(self) -> list[str]:
-        """The columns that prompts are made of."""
+        """The columns that prompts are built from."""
         return columns_of(self.cfg.prompt) if "{" in self.cfg.prompt else [self.cfg.prompt]
 
-    def fits(self, task: Task) -> bool:  # noqa: ARG002  how long a prompt is only a tokenizer knows
-        """Whether the prompt is no longer than `max_prompt_length`, as far as that is known here."""
+    def fits(self, task: Task) -> bool:  # noqa: ARG002  the length needs a tokenizer
+        """True, because the prompt's length is unknown without a tokenizer."""
         return True
 
     def task(self, index: int, row: Mapping[str, Any]) -> Task | None:
         """The task of a row, without token ids, or None for a row whose prompt is null.
 
-        Raises UserError for a column that is not there, a prompt that is neither text nor messages, and messages that
-        end with the answer.
+        Raises UserError for a missing column, for a prompt that is neither text nor messages, and for messages that end
+        with the answer.
         """
         prompt = self._prompt(index, row)
         if isinstance(prompt, str) and self.chats and self.cfg.system is not None:
@@ -76,7 +77,7 @@ class PromptReader:
 
     def _column(self, index: int, row: Mapping[str, Any], name: str) -> Any:
         if name not in row:
-            raise UserError(f"data.prompt: no column {name!r} in {self._row(index)}; there is {', '.join(row)}")
+            raise UserError(f"data.prompt: no column {name!r} in {self._row(index)}; it has {', '.join(row)}")
         return row[name]
 
 
@@ -93,10 +94,10 @@ class PromptRenderer(PromptReader):
         supplied: bool = False,
         chats: bool = False,
     ) -> None:
-        """`vocabulary` is how many tokens the model knows, where prompts are to be checked for others. `source` is the
-        name of the source that the tasks say they are of. `tools` are shown to the model in the prompt. `supplied`:
-        environments add to prompts, so a row without the column `prompt` has an empty message of the user.
-        `chats`: with a system message a prompt of text is messages, for rewards and environments too."""
+        """`vocabulary` is the size of the model's vocabulary; if given, prompts are checked for unknown tokens.
+        `source` is the source name in the tasks. `tools` are shown to the model in the prompt. `supplied` means that
+        environments add to prompts, so a row without the column `prompt` has an empty user message. `chats` means that
+        with a system message a text prompt becomes messages, for rewards and environments too."""
         super().__init__(cfg, source)
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
@@ -105,13 +106,13 @@ class PromptRenderer(PromptReader):
 
     @property
     def identity(self) -> str | None:
-        """A hash of what the tokenizer makes of text and messages, or None where that cannot be known."""
+        """A hash of the tokenizer and its chat template, or None if they cannot be identified."""
         import transformers
 
         whole, template = getattr(self.tokenizer, "backend_tokenizer", None), self.tokenizer.chat_template
         if whole is None or not isinstance(template, str | dict | None):
             return None
-        code = getattr(self.tokenizer, "_chat_template", None)  # of mlx-lm's, for models without a template
+        code = getattr(self.tokenizer, "_chat_template", None)  # mlx-lm's code for models without a template
         described = (whole.to_str(), template, getattr(code, "__module__", None), transformers.__version__)
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
@@ -130,22 +131,22 @@ class PromptRenderer(PromptReader):
     def encoded(self, task: Task) -> Task:
         """The task with token ids.
 
-        Raises UserError for messages without a chat template, a prompt that comes to no tokens, and a token that the
-        model has no embedding of (MLX would read whatever lies behind the last one).
+        Raises UserError for messages without a chat template, for a prompt without tokens, and for a token that has no
+        embedding in the model (MLX would read memory beyond the last embedding).
         """
         index, ids = task.index, tuple(self._encode(task.index, task.prompt, self._tools_of(task)))
         if not ids:
-            raise UserError(f"data.prompt: {self._row(index)} comes to no tokens; has the model a tokenizer?")
+            raise UserError(f"data.prompt: {self._row(index)} has no tokens; check the model's tokenizer")
         if self.vocabulary is not None and (highest := max(ids)) >= self.vocabulary:
             raise UserError(
-                f"data.prompt: {self._row(index)} has token {highest}, and the model's vocabulary is of "
-                f"{self.vocabulary}: its tokenizer is another model's, or has grown without it"
+                f"data.prompt: {self._row(index)} has a token {highest}, but the model's vocabulary has only "
+                f"{self.vocabulary} tokens: the tokenizer belongs to another model, or tokens were added to it alone"
             )
         return replace(task, prompt_ids=ids)
 
     @property
     def wraps_text(self) -> bool:
-        """Whether a prompt of text is put into the chat template, as a user's message."""
+        """Whether a text prompt is wrapped in the chat template, as a user message."""
         if self.cfg.chat_template == "auto" and self.cfg.system is None:
             return bool(self.tokenizer.has_chat_template)
         return self.cfg.chat_template != "never"
@@ -158,16 +159,18 @@ class PromptRenderer(PromptReader):
     def _encode(self, index: int, prompt: Prompt, tools: Sequence[Schema]) -> list[int]:
         if isinstance(prompt, str) and not self.wraps_text:
             if self.cfg.chat_template_kwargs:
-                raise UserError("data.chat_template_kwargs does nothing: text goes to this model without a template")
+                raise UserError(
+                    "data.chat_template_kwargs does nothing: text prompts of this model do not use the chat template"
+                )
             return list(self.tokenizer.encode(prompt))
         if not isinstance(prompt, str) and self.cfg.chat_template == "never":
             raise UserError(
-                f"data.chat_template: never, but the prompt in {self._row(index)} is chat messages, and only the "
-                "chat template can put them together; leave the setting out, or name a column of text"
+                f"data.chat_template: never, but the prompt in {self._row(index)} is chat messages, which need the "
+                "chat template; remove the setting, or name a column with text"
             )
         if not self.tokenizer.has_chat_template:
             raise UserError(
-                f"data.prompt: prompts from {self.cfg.label} need a chat template and the model has none; use an "
+                f"data.prompt: prompts from {self.cfg.label} need a chat template, but the model has none; use an "
                 "instruct model, or text prompts with chat_template: never"
             )
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -175,15 +178,15 @@ class PromptRenderer(PromptReader):
             messages = with_system(messages, self.cfg.system, self._row(index))
         try:
             return rendered_ids(self.tokenizer, messages, tools, self.cfg.chat_template_kwargs)
-        except Exception as error:  # the template is the model's own code
+        except Exception as error:  # the template is the model's code
             raise UserError(
-                f"data.prompt: the model's chat template refuses {self._row(index)}: {one_line(error)}"
+                f"data.prompt: the model's chat template rejects {self._row(index)}: {one_line(error)}"
             ) from error
 
 
 def last_text(prompt: str | list[Message]) -> str:
-    """A prompt as one text, for people: of messages the last, but for the beginning of an answer."""
+    """A prompt as a single text, for display: the last message that is not the assistant's."""
     if isinstance(prompt, str):
         return prompt
-    asked = [message for message in prompt if message["role"] != "assistant"]
-    return text_of(asked[-1] if asked else prompt[-1])
+    questions = [message for message in prompt if message["role"] != "assistant"]
+    return text_of(questions[-1] if questions else prompt[-1])

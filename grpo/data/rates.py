@@ -1,4 +1,4 @@
-"""Files of solve rates: how often a model solved each task of a data set. `grpo eval --solve-rates` writes them."""
+"""Files of solve rates: how often a model solved each task of a dataset. `grpo eval --solve-rates` writes them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ RateTable = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class SolveRates:
-    """The solve rate of every row, float64 `[rows]`, NaN for a row without one; and the fingerprint of the rows.
+    """The solve rate of every row, float64 `[rows]`, NaN for a row without a rate; and the fingerprint of the rows.
 
-    `about` says in the file what else they are of: data, split, model, reward, samples.
+    `about` is the file's description of the measurement: data, split, model, reward, samples.
     """
 
     rates: RateTable
@@ -34,12 +34,12 @@ class SolveRates:
 
     @classmethod
     def of(cls, rates: Mapping[int, float], rows: Rows, about: Mapping[str, Any]) -> SolveRates:
-        """The solve rates of some of these rows, by row."""
+        """Solve rates for `rows` from `rates`, which maps some rows' indices to their rates."""
         rows = _plain(rows)
         return cls(_table(len(rows), list(rates), list(rates.values())), fingerprint(rows), about)
 
     def write(self, path: Path) -> None:
-        """A line of JSON about the rows, then a line for each task. Raises OSError where it cannot be written."""
+        """Write a line of JSON about the rows, then a line per task. Raises OSError if the file cannot be written."""
         head = {**self.about, "rows": len(self.rates), "fingerprint": self.fingerprint}
         with path.open("w", encoding="utf-8") as file:
             file.write(json.dumps(head, ensure_ascii=False) + "\n")
@@ -48,7 +48,7 @@ class SolveRates:
 
     @classmethod
     def read(cls, path: Path) -> SolveRates:
-        """What `write` wrote. Raises UserError for a file that is not there, or is none of these."""
+        """Read a file that `write` wrote. Raises UserError for a missing or malformed file."""
         path = path.expanduser()
         try:
             with path.open("rb") as file:
@@ -59,31 +59,31 @@ class SolveRates:
             raise UserError(f"data.solve_rates {path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"data.solve_rates {path}: {_wrong_place(path)} is not what grpo eval --solve-rates writes: first a "
-                'line with rows and fingerprint, then lines of {"index": 0, "solve_rate": 0.5} with rates from 0 to 1'
+                f"data.solve_rates {path}: {_wrong_place(path)} is not in the format of grpo eval --solve-rates: first "
+                'a line with rows and fingerprint, then lines of {"index": 0, "solve_rate": 0.5} with rates from 0 to 1'
             ) from error
         return cls(rates, print_, about)
 
     def check(self, rows: Rows, cfg: DataConfig) -> None:
-        """Raise UserError unless these rates are of `rows`."""
+        """Raise UserError unless these rates were measured on `rows`."""
         rows = _plain(rows)
         if len(self.rates) != len(rows) or self.fingerprint != fingerprint(rows):
-            known = f"{len(self.rates):,} rows"
-            was = f"{self.about.get('data', 'other data')}, split {self.about.get('split', '?')}: {known}"
+            count = f"{len(self.rates):,} rows"
+            was = f"{self.about.get('data', 'other data')}, split {self.about.get('split', '?')}: {count}"
             raise UserError(
-                f"data.solve_rates {cfg.solve_rates}: these rates are of other rows ({was}) than data {cfg.label}, "
-                f"split {cfg.split} ({len(rows):,} rows). Measure these: grpo eval RECIPE --split {cfg.split} "
-                f"--prompts {len(rows)} --solve-rates FILE"
+                f"data.solve_rates {cfg.solve_rates}: these rates were measured on other rows ({was}) than data "
+                f"{cfg.label}, split {cfg.split} ({len(rows):,} rows). Measure these rows: grpo eval RECIPE --split "
+                f"{cfg.split} --prompts {len(rows)} --solve-rates FILE"
             )
 
     @property
     def known(self) -> int:
-        """How many rows have a rate."""
+        """Number of rows with a rate."""
         return int(np.count_nonzero(~np.isnan(self.rates)))
 
     @property
     def by(self) -> str:
-        """Whose rates they are, by what the file says; an empty text where it does not say it."""
+        """The model and reward of the rates, in parentheses for messages; empty if the file does not name them."""
         about = self.about
         if not about.get("model") or not about.get("reward"):
             return ""
@@ -91,43 +91,43 @@ class SolveRates:
         return f" (of {who}, by {about['reward']})"
 
     def between(self, low: float, high: float) -> npt.NDArray[np.int64]:
-        """The rows whose rate is within these bounds, in order."""
+        """The indices of rows with a rate within these bounds, in order."""
         return np.flatnonzero((self.rates >= low) & (self.rates <= high))
 
 
 def with_solve_rate(rows: Rows, cfg: DataConfig) -> Rows:
-    """The rows that `data.solve_rate` keeps. Raises UserError for rates of other rows, and where it keeps none."""
+    """The rows that `data.solve_rate` keeps. Raises UserError for rates of other rows, and if no row is left."""
     if cfg.solve_rates is None or cfg.solve_rate is None:
         return rows
-    known = SolveRates.read(Path(cfg.solve_rates))
-    known.check(rows, cfg)
-    places = known.between(*cfg.solve_rate)
+    measured = SolveRates.read(Path(cfg.solve_rates))
+    measured.check(rows, cfg)
+    places = measured.between(*cfg.solve_rate)
     if not len(places):
         low, high = cfg.solve_rate
         raise UserError(
-            f"data.solve_rate: none of the {known.known:,} tasks in {cfg.solve_rates} has "
+            f"data.solve_rate: none of the {measured.known:,} tasks in {cfg.solve_rates} has "
             f"a solve rate from {low:g} to {high:g}"
         )
     return _chosen(rows, places)
 
 
 def known_rates(cfg: DataConfig, rows: Rows) -> RateTable | None:
-    """The rates in a section's file of `rows`, which are those that `with_solve_rate` left; None without a file.
+    """The rates of `rows` (after `with_solve_rate`) in the file of a `data` section; None without a file.
 
     Raises UserError for rates of other rows.
     """
     if cfg.solve_rates is None:
         return None
-    known = SolveRates.read(Path(cfg.solve_rates))
-    if cfg.solve_rate is not None:  # `with_solve_rate` has checked them
-        return known.rates[known.between(*cfg.solve_rate)]
-    known.check(rows, cfg)
-    return known.rates
+    measured = SolveRates.read(Path(cfg.solve_rates))
+    if cfg.solve_rate is not None:  # `with_solve_rate` has checked the rates
+        return measured.rates[measured.between(*cfg.solve_rate)]
+    measured.check(rows, cfg)
+    return measured.rates
 
 
 @dataclass(frozen=True, slots=True)
 class SomeRows:
-    """Some of the rows, by their places."""
+    """A selection of rows, by their indices."""
 
     rows: Rows
     places: Sequence[int]
@@ -148,12 +148,12 @@ def _chosen(rows: Rows, places: npt.NDArray[np.int64]) -> Rows:
 
 
 def _plain(rows: Rows) -> Rows:
-    """The rows without the names that a recipe adds: they are the same rows under every name."""
+    """The rows without the column names that a recipe adds, which do not matter for their identity."""
     return rows.rows if isinstance(rows, Renamed) else rows
 
 
 def _table(rows: int, indices: Any, rates: Any) -> RateTable:
-    """The rates of all rows. Raises ValueError for an index that is no row's, and for a rate that is none."""
+    """The rates of all rows. Raises ValueError for an index or a rate that is out of bounds."""
     indices, rates = np.asarray(indices, np.int64), np.asarray(rates, np.float64)
     if not (((indices >= 0) & (indices < rows)).all() and ((rates >= 0) & (rates <= 1)).all()):
         raise ValueError("an index or a rate is out of bounds")
@@ -163,7 +163,7 @@ def _table(rows: int, indices: Any, rates: Any) -> RateTable:
 
 
 def _read(lines: bytes, rows: int) -> RateTable:
-    """The table of the lines after the first. Arrow reads a million of them in less than a second."""
+    """The rates from the lines after the first. Arrow reads a million lines in less than a second."""
     import pyarrow as pa
     from pyarrow import json as reader
 
@@ -175,7 +175,7 @@ def _read(lines: bytes, rows: int) -> RateTable:
 
 
 def _wrong_place(path: Path) -> str:
-    """Which line of a file that cannot be read is to blame."""
+    """The first malformed line of a file."""
     with path.open("rb") as file:
         try:
             rows = int(json.loads(file.readline())["rows"])

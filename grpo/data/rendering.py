@@ -1,4 +1,4 @@
-"""Messages become tokens by the model's chat template: dataset prompts, and conversations alike."""
+"""Turns messages into tokens with the model's chat template, for dataset prompts and conversations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from grpo.model.mlxlm import TokenizerWrapper
 
 Schema = Mapping[str, Any]
-"""A tool as chat templates take it: `{"type": "function", "function": {"name", "description", "parameters"}}`."""
+"""A tool in the format of chat templates: `{"type": "function", "function": {"name", "description", "parameters"}}`."""
 
 
 def rendered_ids(
@@ -19,8 +19,8 @@ def rendered_ids(
 ) -> list[int]:
     """The token ids of a prompt: all messages, the tools, and the beginning of the model's answer.
 
-    An assistant's message at the end is that beginning. `kwargs` goes to the template. Raises whatever the template
-    raises: it is the model's own code.
+    If the last message is the assistant's, the answer continues it. `kwargs` are passed to the template. Errors of the
+    template, which is the model's code, are not caught.
     """
     continued = messages[-1]["role"] == "assistant"
     how = {"continue_final_message": True} if continued else {"add_generation_prompt": True}
@@ -34,11 +34,11 @@ def rendered_text(
     kwargs: Mapping[str, Any],
     generation: bool,
 ) -> str:
-    """The same as text, ending with the beginning of an answer where `generation` is true."""
+    """The prompt as text. With `generation`, it ends with the beginning of the model's answer."""
     how = {"add_generation_prompt": generation, "tokenize": False}
     return str(tokenizer.apply_chat_template(list(messages), **shown(tools), **how, **kwargs))
 
 
 def shown(tools: Sequence[Schema]) -> dict[str, Any]:
-    """What a template is told of tools: nothing where there are none."""
+    """The template's keyword argument for tools; empty without tools."""
     return {"tools": [dict(tool) for tool in tools]} if tools else {}

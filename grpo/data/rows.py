@@ -1,4 +1,4 @@
-"""Rows of a dataset by index, under the names that a recipe gives their columns."""
+"""Rows of a dataset by index, with the column names that a recipe adds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grpo.config.data import SELECTED_BY
 from grpo.errors import UserError
 
 BLOCK = 50_000
-"""Rows of a table that are looked at together: a selection of rows is copied out to be looked at."""
+"""Rows of a table that are checked together, because checking a selection of rows copies it."""
 
 
 class Rows(Protocol):
@@ -26,19 +26,18 @@ class Rows(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """More names for columns: by name, the path of keys to what it stands for."""
+    """Additional column names: `paths` maps each name to the path of keys to its value."""
 
     cfg: DataConfig
     paths: dict[str, tuple[str, ...]]
 
     @classmethod
     def of(cls, cfg: DataConfig, first: Mapping[str, Any]) -> Names:
-        """The names in `cfg.columns`, for rows such as the `first`. A column may have a dot in its own name."""
+        """The names in `cfg.columns`, for rows with the columns of `first`. A column's name may contain a dot."""
         return cls(cfg, {name: (old,) if old in first else tuple(old.split(".")) for name, old in cfg.columns.items()})
 
     def added(self, index: int, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The row under all names, and with the environment that the recipe says. Raises UserError for a column that it
-        does not have."""
+        """The row with the additional names and the recipe's environment. Raises UserError for a missing column."""
         named = {name: self._column(index, row, name) for name in self.paths}
         environment = {} if self.cfg.environment is None else {SELECTED_BY: self.cfg.environment}
         return {**row, **named, **environment}
@@ -48,24 +47,24 @@ class Names:
             return _at(row, self.paths[name])
         except (KeyError, TypeError, ValueError):
             old, where = self.cfg.columns[name], f"row {index} of {self.cfg.label}"
-            raise UserError(f"data.columns.{name}: no column {old!r} in {where}; there is {', '.join(row)}") from None
+            raise UserError(f"data.columns.{name}: no column {old!r} in {where}; it has {', '.join(row)}") from None
 
 
 @dataclass(frozen=True, slots=True)
 class Renamed:
-    """Rows whose columns go by more names."""
+    """Rows with additional column names."""
 
     rows: Rows
     names: Names
 
     @property
     def cfg(self) -> DataConfig:
-        """The section that names them."""
+        """The `data` section with the names."""
         return self.names.cfg
 
     @property
     def paths(self) -> dict[str, tuple[str, ...]]:
-        """By name, the path of keys to what it stands for."""
+        """The path of keys to each name's value."""
         return self.names.paths
 
     def __len__(self) -> int:
@@ -78,12 +77,12 @@ class Renamed:
 def renamed(rows: Rows, cfg: DataConfig) -> Rows:
     """The rows with `cfg.columns` added. Raises UserError for a column that the first row does not have."""
     found = Renamed(rows, Names.of(cfg, rows[0]))
-    found[0]  # what is missing from the start is said before a model is loaded
+    found[0]  # raises for a missing column before a model is loaded
     return found
 
 
 def _at(row: Any, path: tuple[str, ...]) -> Any:
-    """What is at a path of keys and positions; None below a null, and beyond the ends of a list."""
+    """The value at a path of keys and list positions; None below a null, and beyond the ends of a list."""
     for key in path:
         if isinstance(row, list):
             position = int(key)
@@ -94,12 +93,12 @@ def _at(row: Any, path: tuple[str, ...]) -> Any:
 
 
 def is_null(value: Any) -> bool:
-    """Whether there is nothing in a column: null, or the NaN that tables hold where a number is missing."""
+    """Whether a value is missing: null, or NaN, which tables use for a missing number."""
     return value is None or (isinstance(value, float) and isnan(value))
 
 
 def rows_with_null(rows: Rows, columns: Sequence[str]) -> int:
-    """The number of rows with a null or NaN in one of the columns. Built-in rows have none."""
+    """Number of rows with a null or NaN in one of the columns. Built-in rows have none."""
     from datasets import Dataset
 
     if isinstance(rows, Renamed):
@@ -113,7 +112,7 @@ def rows_with_null(rows: Rows, columns: Sequence[str]) -> int:
 
 
 def _rows_with_null(table: Any, columns: Sequence[str]) -> int:
-    """The same of a table of Arrow."""
+    """Number of rows of an Arrow table with a null or NaN in one of the columns."""
     from pyarrow import compute
 
     nulls = (compute.is_null(table[name], nan_is_null=True) for name in columns)

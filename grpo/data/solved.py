@@ -1,4 +1,4 @@
-"""What a solve rate is: the share of its best score that a task's completions get on average."""
+"""Solve rates: a task's mean score over its completions, as a share of the best score."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from grpo.types import Rollout
 
 @dataclass(frozen=True, slots=True)
 class Solved:
-    """How far a completion solved its task: score / `best`, within 0 and 1, of the reward that grades.
+    """Computes solve rates: score / `best`, clipped to 0 to 1, from the reward that grades.
 
-    `graders` are the names of that reward: one, or those of the environments, each of which grades its own
+    `graders` are the names of this reward: a single name, or the names of environments, each of which grades its own
     conversations (`own`).
     """
 
@@ -22,10 +22,10 @@ class Solved:
     best: float = 1.0
 
     def share(self, rollout: Rollout) -> float | None:
-        """How far a completion solved its task; None where the reward gave it no score.
+        """A completion's score as a share of the best score, 0 to 1; None without a score.
 
-        A reward or an environment that failed says nothing of the task: None, too. A conversation that its environment
-        did not reward has solved nothing, as in evaluations: it was cut off, or never did what is rewarded.
+        If a reward or an environment failed, the share is None, too. A conversation that its environment did not reward
+        counts as 0, as in evaluations: it was cut off, or never did anything that is rewarded.
         """
         score = next((score for name in self.graders if (score := rollout.scores.get(name)) is not None), None)
         if score is not None:
@@ -33,12 +33,12 @@ class Solved:
         return 0.0 if self._unrewarded(rollout) else None
 
     def rate(self, rollouts: Iterable[Rollout]) -> float | None:
-        """The solve rate of a task, of its completions: their mean share; None where none has one."""
+        """The solve rate of a task: the mean share of its completions; None if no completion has a share."""
         shares = [share for rollout in rollouts if (share := self.share(rollout)) is not None]
         return fmean(shares) if shares else None
 
     def _unrewarded(self, rollout: Rollout) -> bool:
-        """Whether it is a conversation, whole, of an environment that grades here and did not reward it."""
+        """Whether this is a conversation without failures that its environment, which grades, did not reward."""
         conversation = rollout.trajectory.conversation
         if not self.own or conversation is None or conversation.environment not in self.graders:
             return False

@@ -1,4 +1,4 @@
-"""A stream of tasks, shuffled anew each epoch or in the rows' own order, that resumes from one number."""
+"""A stream of tasks, reshuffled every epoch or in the rows' stored order. Its position is a single number."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ PROMPTS = (
     "continue_final_message",
     "max_prompt_length",
 )
-"""The settings of `data` that say which prompt a row has, and whether it fits."""
+"""The settings of `data` that determine a row's prompt, and whether it fits."""
 
 
 class TaskStream:
-    """The `Source` that a recipe's `data` section makes: endless tasks from rows. Each epoch visits every row once, in
-    an order drawn from the seed and the epoch, or in the rows' own order where `data.shuffle` is false.
+    """The `Source` for a recipe's `data` section: an endless sequence of tasks from rows. Each epoch visits every row
+    once, in an order drawn from the seed and the epoch, or in the stored order if `data.shuffle` is false.
 
-    `cursor` counts the rows visited, over all epochs: a stream of the same rows and seed that loads
-    this one's state goes on where it is. `dropped` counts those of them whose prompts were too long or null.
+    `cursor` counts the visited rows over all epochs: a stream with the same rows and seed that loads this state
+    continues from there. `dropped` counts visited rows whose prompts were too long or null.
     """
 
     def __init__(self, rows: Rows, renderer: PromptReader, seed: int) -> None:
@@ -41,7 +41,7 @@ class TaskStream:
         self._order: tuple[int, list[int]] = (-1, [])
 
     def take(self, n: int) -> list[Task]:
-        """The next `n` tasks. Raises UserError when every prompt of the dataset is too long."""
+        """The next `n` tasks. Raises UserError if every prompt of the dataset is too long or null."""
         tasks: list[Task] = []
         misses = 0
         while len(tasks) < n:
@@ -52,7 +52,7 @@ class TaskStream:
                 continue
             self.dropped += 1
             misses += 1
-            if misses > 2 * len(self._rows):  # more than an epoch, wherever in one it began
+            if misses > 2 * len(self._rows):  # covers a whole epoch, wherever the misses began
                 raise self.nothing_fits()
         return tasks
 
@@ -62,21 +62,21 @@ class TaskStream:
 
     @property
     def source(self) -> str:
-        """The name of the source that its tasks are of."""
+        """The source name in this stream's tasks."""
         return self._renderer.source
 
     @property
     def rows(self) -> Rows:
-        """The rows."""
+        """The rows of the dataset."""
         return self._rows
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What `data` says in `PROMPTS`."""
+        """The values of the `data` settings in `PROMPTS`."""
         return self._renderer.cfg.model_dump(mode="json", include={*PROMPTS})
 
     def task(self, index: int) -> Task | None:
-        """The task of a row, whatever is next; None for a row whose prompt is null."""
+        """The task of a row, without moving the cursor; None for a row whose prompt is null."""
         return self._renderer.task(index, self._rows[index])
 
     def kept(self, index: int) -> Task | None:
@@ -85,25 +85,26 @@ class TaskStream:
         return task if task is not None and self._renderer.fits(task) else None
 
     def nothing_fits(self) -> UserError:
-        """What to raise where no row has a prompt that fits."""
+        """The error for a dataset without a prompt that fits."""
         return all_too_long(self._renderer)
 
     def observe(self, groups: Sequence[Group]) -> None:
-        """Nothing: the order of the rows does not depend on what became of them."""
+        """No-op: the order of the rows does not depend on their results."""
 
     def metrics(self) -> dict[str, float]:
         return {"dropped_prompts": float(self.dropped), "epoch": self.cursor / len(self._rows)}
 
     def state(self) -> dict[str, int]:
-        """Where the stream is: what `load_state` takes."""
+        """The position of the stream, for `load_state`."""
         return {"cursor": self.cursor, "dropped": self.dropped}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where a stream of the same rows and seed was; at the start of the rows after another kind of source."""
+        """Resume from the state of a stream with the same rows and seed. Starts at the first row after another kind of
+        source."""
         self.cursor, self.dropped = state.get("cursor", 0), state.get("dropped", 0)
 
     def _next(self) -> int:
-        """The row that is next."""
+        """The index of the next row."""
         epoch, position = divmod(self.cursor, len(self._rows))
         if self._order[0] != epoch:
             self._order = (epoch, self._order_of(epoch))
@@ -118,7 +119,7 @@ class TaskStream:
 
 
 def first_tasks(rows: Rows, renderer: PromptReader, n: int) -> list[Task]:
-    """The first `n` tasks of the rows in their own order, without those too long or null: for evaluation."""
+    """The first `n` tasks in the rows' stored order, without prompts that are too long or null, for evaluation."""
     rendered = (renderer.task(index, rows[index]) for index in range(len(rows)))
     tasks = list(islice((task for task in rendered if task is not None and renderer.fits(task)), n))
     if not tasks:
@@ -127,7 +128,7 @@ def first_tasks(rows: Rows, renderer: PromptReader, n: int) -> list[Task]:
 
 
 def all_too_long(renderer: PromptReader) -> UserError:
-    """What to raise where no row has a prompt that fits."""
+    """The error for a dataset without a prompt that fits."""
     limit = renderer.cfg.max_prompt_length
     return UserError(
         f"data {renderer.cfg.label}: every prompt is null or longer than max_prompt_length ({limit} tokens)"

@@ -1,4 +1,4 @@
-"""Rows that are read one after the other (`data.streaming`): a run begins at once, and holds a window of them."""
+"""Rows that are read during the run (`data.streaming`): a run starts immediately, and holds one window of rows."""
 
 from __future__ import annotations
 
@@ -24,17 +24,16 @@ log = logging.getLogger(__name__)
 
 SourceRow = Mapping[str, Any]
 AT_ONCE = 1000
-"""Rows that are converted at once, at most."""
+"""Most rows that are converted together."""
 BLOCK, BLOCKS = 2**16, 64
-"""Bytes, and how many blocks of so many are read of a file for its fingerprint, evenly spread."""
+"""Bytes of a block, and number of evenly spaced blocks that are read of a file for its fingerprint."""
 
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """Rows in their own order, as often as asked.
+    """Rows in their stored order, which can be read any number of times.
 
-    `opened` makes a `datasets.IterableDataset` of them. `files` are the local files that they lie in, none for rows on
-    the Hub.
+    `opened` returns a `datasets.IterableDataset` of the rows. `files` are the local files, empty for rows on the Hub.
     """
 
     opened: Callable[[], Any]
@@ -42,12 +41,12 @@ class Streamed:
     files: Sequence[Path] = ()
 
     def read(self, place: Mapping[str, Any] | None = None, first: int = 0) -> Reading:
-        """The rows from a `place` on that a reading gave, where the row number `first` is next; or from the start."""
+        """Read rows from the start, or from a `place` of an earlier reading, where row number `first` is next."""
         return Reading(self, place, first)
 
     def fingerprint(self) -> str:
-        """A hash of sizes and of parts of the contents of the files, the first and the last included: 16 hexadecimal
-        digits. Paths and times do not matter."""
+        """A hash of the files' sizes and parts of their contents, which include the beginning and the end: 16
+        hexadecimal digits. Paths and times do not matter."""
         hashed = hashlib.sha256()
         for path in self.files:
             size = path.stat().st_size
@@ -60,13 +59,13 @@ class Streamed:
 
 
 class Reading(Iterator[tuple[int, SourceRow]]):
-    """One pass over rows that are read as they come, each with its number."""
+    """One pass over streamed rows, each with its number."""
 
     def __init__(self, rows: Streamed, place: Mapping[str, Any] | None, first: int) -> None:
         self._label, self._cfg, self.number = rows.cfg.label, rows.cfg, first
         self._dataset = rows.opened().with_format("arrow")
         self._dataset.load_state_dict(place or {})
-        # Many rows at once are 30 times as fast; a window has to end where some of these end.
+        # Reading many rows together is 30 times as fast. A window must end at the end of such a batch.
         tables = self._dataset.iter(batch_size=math.gcd(rows.cfg.window, AT_ONCE))
         self._rows = (row for table in tables for row in table.to_pylist())
         self._begun, self._place = False, place
@@ -74,18 +73,17 @@ class Reading(Iterator[tuple[int, SourceRow]]):
 
     @property
     def place(self) -> Any:
-        """Where the next row is, as JSON holds it: what `Streamed.read` takes. To be asked for between two windows.
-        None at the start."""
+        """The next row's place, as JSON, for `Streamed.read`. Valid only between two windows. None at the start."""
         return self._dataset.state_dict() if self._begun else self._place
 
     def __next__(self) -> tuple[int, SourceRow]:
-        """Raises UserError for a row that cannot be read, and for a column of `data.columns` that is not there."""
+        """Raises UserError for a row that cannot be read, and for a missing column of `data.columns`."""
         self._begun = True
         try:
             row = next(self._rows)
         except (StopIteration, KeyboardInterrupt):
             raise
-        except Exception as error:  # the readers raise their own kinds, and all of them mean the rows
+        except Exception as error:  # readers raise many kinds of errors, all about the rows
             raise UserError(
                 f"data {self._label}: cannot be read from row {self.number:,} on: {one_line(error.__cause__ or error)}"
             ) from error
@@ -97,11 +95,11 @@ class Reading(Iterator[tuple[int, SourceRow]]):
 
 
 class WindowStream:
-    """The `Source` of rows that are read as they come: endless tasks, epoch after epoch.
+    """The `Source` of streamed rows: an endless sequence of tasks, epoch after epoch.
 
-    Windows of `data.window` rows in a row are shuffled, each by itself, by the seed, the epoch and the window's number
-    (`data.shuffle: false`: the rows keep their order). So the place where a window begins, and a place in it, are all
-    that a resumed run needs: it reads that window again.
+    Each window of `data.window` consecutive rows is shuffled separately, by the seed, the epoch and the window's number
+    (with `data.shuffle: false` the rows keep their order). So a resumed run needs only the place where a window begins,
+    and the position in it: it reads that window again.
     """
 
     def __init__(self, rows: Streamed, reader: PromptReader, seed: int) -> None:
@@ -112,7 +110,7 @@ class WindowStream:
         self._begin(0, 0, None, 0)
 
     def take(self, n: int) -> list[Task]:
-        """The next `n` tasks. Raises UserError where two windows in a row have no prompt that fits."""
+        """The next `n` tasks. Raises UserError if two consecutive windows have no prompt that fits."""
         tasks: list[Task] = []
         misses = 0
         while len(tasks) < n:
@@ -128,15 +126,15 @@ class WindowStream:
         return tasks
 
     def observe(self, groups: Sequence[Group]) -> None:
-        """Nothing: the order of the rows does not depend on what became of them."""
+        """No-op: the order of the rows does not depend on their results."""
 
     def metrics(self) -> dict[str, float]:
-        """How many rows were left out, and how many epochs are over: how many rows there are, nobody knows."""
+        """The number of dropped rows, and the number of finished epochs. (The number of rows is unknown.)"""
         return {"dropped_prompts": float(self.dropped), "epoch": float(self._epoch)}
 
     def state(self) -> dict[str, Any]:
-        """The epoch, the window with its first row and where that is in the rows, the rows taken of it, and which rows
-        and windows these are."""
+        """The epoch, the window's number, first row and place, the number of rows taken from it, and a description of
+        the rows and the window size."""
         return {
             "of": self._of,
             "epoch": self._epoch,
@@ -148,31 +146,31 @@ class WindowStream:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where a stream of the same rows and seed was; at the start after another kind of source. With other
-        rows, or windows of another size, the epoch begins again: a place is of these alone."""
+        """Resume from the state of a stream with the same rows and seed. Starts at the beginning after another kind of
+        source. If the rows or the window size have changed, the epoch begins again, because the place is invalid."""
         self.dropped = state.get("dropped", 0)
         known = state if "window" in state else {}
         if others := [name for name, value in self._of.items() if known and known["of"].get(name) != value]:
             log.warning(
-                "data.streaming: the checkpoint's place in the rows is of another %s, so epoch %d begins again",
-                " and ".join({"window": "data.window", "rows": "file"}[name] for name in others),
+                "data.streaming: epoch %d begins again, because the checkpoint was written with another %s",
                 known["epoch"],
+                " and ".join({"window": "data.window", "rows": "file"}[name] for name in others),
             )
             known = {"epoch": known["epoch"]}
         self._begin(known.get("epoch", 0), known.get("window", 0), known.get("place"), known.get("first", 0))
         self._taken = known.get("taken", 0)
 
     def _begin(self, epoch: int, number: int, place: Any, first: int) -> None:
-        """Be at the beginning of a window, which is read when it is asked for."""
+        """Go to the beginning of a window, which is read later, on demand."""
         self._epoch, self._number, self._place, self._first, self._taken = epoch, number, place, first, 0
         self._window: list[tuple[int, SourceRow]] | None = None
         self._reading: Reading | None = None
 
     def _next(self) -> tuple[int, SourceRow]:
-        """The row that is next, with its number."""
+        """The next row, with its number."""
         if self._window is None:
             self._window = self._read()
-        while self._taken >= len(self._window):  # beyond it where rows on the Hub are fewer than they were
+        while self._taken >= len(self._window):  # greater if the Hub now has fewer rows than before
             if self._window:
                 assert self._reading is not None
                 self._number, self._taken = self._number + 1, 0
@@ -187,7 +185,7 @@ class WindowStream:
         return row
 
     def _read(self) -> list[tuple[int, SourceRow]]:
-        """The rows of this window, in the order in which they are taken; none at the end of the epoch."""
+        """The rows of this window, shuffled; empty at the end of the epoch."""
         if self._reading is None:
             self._reading = self._rows.read(self._place, self._first)
         window = list(islice(self._reading, self._size))
@@ -197,8 +195,8 @@ class WindowStream:
 
 
 def first_streamed(rows: Streamed, reader: PromptReader, n: int, most: int | None = None) -> list[Task]:
-    """The first `n` tasks in the rows' own order, without those too long or null; of the first `most` rows where that
-    many are enough. Raises UserError where there is none."""
+    """The first `n` tasks in the rows' stored order, without prompts that are too long or null. Reads at most `most`
+    rows. Raises UserError if there is no task."""
     tasks: list[Task] = []
     read = 0
     for number, row in islice(rows.read(), most):
@@ -216,8 +214,8 @@ def first_streamed(rows: Streamed, reader: PromptReader, n: int, most: int | Non
 
 
 def none_fit(reader: PromptReader, rows: int) -> UserError:
-    """What to raise where so many rows have no prompt that fits."""
+    """The error for this many consecutive rows without a prompt that fits."""
     return UserError(
-        f"data {reader.cfg.label}: {rows:,} rows one after the other have a prompt that is null or longer than "
+        f"data {reader.cfg.label}: {rows:,} consecutive rows have a prompt that is null or longer than "
         f"max_prompt_length ({reader.cfg.max_prompt_length} tokens)"
     )

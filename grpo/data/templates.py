@@ -1,4 +1,4 @@
-"""Prompts from a template over columns, `"{question} Think first."`, with values as people write them."""
+"""Prompts from a template with column names, such as `"{question} Think first."`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from grpo.errors import UserError
 
 
 def columns_of(template: str) -> list[str]:
-    """The columns that a template names. Raises UserError for what is not a template."""
+    """The columns that a template names. Raises UserError for a malformed template."""
     try:
         fields = [(name, spec, how) for _, name, spec, how in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
@@ -19,15 +19,16 @@ def columns_of(template: str) -> list[str]:
     for name, spec, conversion in fields:
         if not name.isidentifier() or spec or conversion:
             raise UserError(
-                f"data.prompt: a template holds names of columns, {{like_this}}; {{{{ is a brace: {template!r}"
+                f"data.prompt: a template may contain only column names, {{like_this}}; write {{{{ for a brace: "
+                f"{template!r}"
             )
     return [name for name, _, _ in fields]
 
 
 def filled(template: str, values: Mapping[str, Any], where: str) -> str | None:
-    """The template with the values of its columns, or None where one of them is null or NaN.
+    """The template with its columns' values filled in, or None if one of the values is null or NaN.
 
-    Raises UserError, with `where` in it, for a value that is neither text nor a number nor a list of numbers.
+    Raises UserError, which contains `where`, for a value that is neither text, a number nor a list of numbers.
     """
     texts = {name: _written(name, value, where) for name, value in values.items() if not is_null(value)}
     return template.format_map(texts) if len(texts) == len(values) else None
@@ -38,7 +39,7 @@ def _written(name: str, value: Any, where: str) -> str:
         return value
     if isinstance(value, bytes | bytearray):
         raise UserError(
-            f"data.prompt: column {name!r} of {where} is binary ({len(value)} bytes), not text; decode it before, or "
+            f"data.prompt: column {name!r} of {where} is binary ({len(value)} bytes), not text; decode it first, or "
             "name another column"
         )
     if _is_number(value):
@@ -46,8 +47,8 @@ def _written(name: str, value: Any, where: str) -> str:
     if isinstance(value, list) and value and all(_is_number(item) and not is_null(item) for item in value):
         return ", ".join(map(_number, value))
     raise UserError(
-        f"data.prompt: column {name!r} of {where} is no text for a template, but {value!r:.80}; a template takes text, "
-        "numbers and lists of numbers (data.columns reaches inside: {first: " + name + ".0})"
+        f"data.prompt: column {name!r} of {where} is {value!r:.80}; a template takes only text, numbers and lists of "
+        "numbers (data.columns can select a part: {first: " + name + ".0})"
     )
 
 
@@ -56,7 +57,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _number(value: int | float) -> str:
-    """3 for 3.0: a CSV file's whole numbers are floats as soon as one of the column is missing."""
+    """A number as text, 3.0 as `3`: whole numbers from a CSV file are floats if a value of the column is missing."""
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return str(int(value))
     return str(value)

@@ -1,1 +1,1 @@
-"""How a task becomes trajectories: environments, and what they sample with."""
+"""Environments, which turn a task into trajectories, and the sampler that they use."""

@@ -1,7 +1,7 @@
-"""Agents where they live: functions that ask the model through an endpoint, and return the reward.
+"""Agents in their process: functions that call the model through an endpoint and return the reward.
 
-Worker processes import this. A `Chair` holds an agent as it holds an environment: it has `reset`, which keeps the row,
-and one method, `run`.
+Worker processes import this module. A `Chair` holds an agent as it holds an environment: the agent has `reset`, which
+stores the row, and one other method, `run`.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from grpo.environments.results import WrongResultError, number_of, of_exception,
 from grpo.plugins import Located
 
 GIVEN = ("data", "base_url", "api_key")
-"""What an agent's function is called with beside the columns: the whole row, and where the model is to be asked."""
+"""Arguments of an agent's function in addition to the columns: the whole row, and the model's endpoint."""
 SEED = "seed"
 RUN = "run"
-"""The one method that is called, as tools are."""
+"""The method that is called, in the way in which tools are called."""
 
 
 class Agent:
-    """What all agents have in common. `run` is called once after each `reset`."""
+    """Base class of agents. `run` is called once after each `reset`."""
 
     def reset(self, **row: Any) -> None:
         self.row = row
 
     def run(self, base_url: str, api_key: str, seed: int) -> Any:
-        """The reward and the metrics, as `told` writes them, at once or when awaited."""
+        """Return the reward and the metrics as `told` writes them, or an awaitable of them."""
         raise NotImplementedError
 
     def problem(self, columns: Collection[str]) -> str | None:
-        """Why it could not run with rows of these columns; None if it can."""
+        """Return why the agent cannot run with rows of these columns; None if it can."""
         raise NotImplementedError
 
 
 class FunctionAgent(Agent):
-    """Calls a function, synchronous or not, with the row and its columns, as far as the signature takes them.
+    """Calls a synchronous or asynchronous function with those of the arguments that its signature has.
 
-    The recipe's arguments come before columns of the same name; `seed` is given where no column is called so.
+    The recipe's arguments override columns of the same name. `seed` is passed unless a column has this name.
     """
 
     def __init__(self, function: Callable[..., Any], **kwargs: Any) -> None:
@@ -67,10 +67,10 @@ class FunctionAgent(Agent):
         wanted = "write async def run(data, base_url, api_key, **columns)"
         for name in ("base_url", "api_key"):
             if name not in taken:
-                return f"{self._name} takes no {name}, and could not ask the model: {wanted}"
+                return f"{self._name} has no parameter {name}, so it cannot call the model: {wanted}"
         for name in self._kwargs:
             if name in GIVEN or name not in taken:
-                why = "is not the recipe's to give" if name in GIVEN else f"{self._name} has no such argument"
+                why = "grpo sets this argument itself" if name in GIVEN else f"{self._name} has no such argument"
                 return f"kwargs.{name}: {why}"
         given = {*columns, *self._kwargs, *GIVEN, SEED} & taken
         try:
@@ -88,14 +88,14 @@ class FunctionAgent(Agent):
     async def _awaited(self, value: Awaitable[Any]) -> str:
         try:
             return told(await value)
-        except asyncio.CancelledError:  # it was given up
+        except asyncio.CancelledError:  # the call was given up
             raise
         except (Exception, SystemExit) as error:
             raise self._raised(error) from error
 
     def _raised(self, error: BaseException) -> WrongResultError:
-        """The same error, with its type and the line of the agent's own file in words: `run` is called as tools are,
-        whose errors are their message alone."""
+        """Return the error with its type and its line in the agent's file as the message. `run` is called like a tool,
+        and the error of a tool is only its message."""
         if isinstance(error, WrongResultError):
             return error
         module = sys.modules.get(getattr(self._function, "__module__", None) or "")
@@ -104,32 +104,32 @@ class FunctionAgent(Agent):
 
 @dataclass(frozen=True, slots=True)
 class AgentAt:
-    """Where an agent's function is. What `load` gives makes agents of it."""
+    """The place of an agent's function. `load` returns a maker of agents that call it."""
 
     located: Located
 
     def load(self) -> Callable[..., Agent]:
-        """Import it. Raises UserError, as `find_function` does."""
+        """Import the function. Raises UserError as `find_function` does."""
         return partial(FunctionAgent, self.located.load())
 
 
 def told(value: Any) -> str:
-    """What an agent returned, as JSON: `{"reward": number or null, "metrics": {name: number}}`.
+    """Convert an agent's return value to JSON: `{"reward": number or null, "metrics": {name: number}}`.
 
-    A number is the reward, None that it has none; a mapping has it under `reward`, and metrics beside it. Raises
-    WrongResultError for everything else, and for numbers that are not finite.
+    A number is the reward, and None means no reward. A mapping has the reward under `reward` and metrics under other
+    names. Raises WrongResultError for anything else, and for numbers that are not finite.
     """
     if inspect.isgenerator(value) or inspect.isasyncgen(value):
-        raise WrongResultError("it yields: return the reward, and do not yield")
+        raise WrongResultError("it is a generator: use `return` for the reward instead of `yield`")
     if not isinstance(value, Mapping):
-        return _written(number_of(value, "the reward that it returned"), {})
+        return _written(number_of(value, "the returned reward"), {})
     if "reward" not in value:
         has = ", ".join(map(str, value)) or "nothing"
-        raise WrongResultError(f"it returned a dict without 'reward'; it has {has}")
+        raise WrongResultError(f"it returned a dict without 'reward'; the dict has {has}")
     metrics = {}
     for name, one in value.items():
         if not isinstance(name, str) or not name:
-            raise WrongResultError(f"it returned a metric called {shortened(name)}: names are texts")
+            raise WrongResultError(f"it returned a metric named {shortened(name)}: names must be nonempty strings")
         if name != "reward" and (number := number_of(one, f"the metric {name!r}")) is not None:
             metrics[name] = number
     return _written(number_of(value["reward"], "the reward"), metrics)
@@ -140,7 +140,8 @@ def _written(reward: float | None, metrics: Mapping[str, float]) -> str:
 
 
 def _taken(function: Callable[..., Any]) -> set[str] | None:
-    """The names of the parameters that can be given by keyword; None if it takes any, or does not say."""
+    """Return the names of the parameters that can be passed by keyword; None if the function takes any, or if its
+    signature is unknown."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:

@@ -1,4 +1,4 @@
-"""Conversations that go on in new rows, without the earlier thinking that their chat template leaves out."""
+"""Conversations that continue in new rows, without the earlier thinking that their chat template leaves out."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from grpo.environments.template import BREAK, IDS, MARK, Calls, Template, harmle
 from grpo.errors import UserError
 from grpo.types import BEHAVIOUR, Message, Trajectory
 
-NOTHING = "drop drops nothing"
+NOTHING = "drop has no effect"
 
 
 @dataclass(frozen=True)
 class Anew:
-    """How the template writes a conversation once a user's message has followed: without the thinking before it.
+    """Writes a conversation as the template does when a user's message follows: without the thinking before it.
 
-    `end` is a token that ends turns, `calls` which of a turn's calls the template writes.
+    `end` is the token that ends a turn; `calls` says which calls of a turn the template writes.
     """
 
     template: Template
@@ -28,24 +28,28 @@ class Anew:
 
     @classmethod
     def of(cls, template: Template, joints: Mapping[str, Joint] | None) -> Anew:
-        """Raises UserError for a template that keeps all thinking, or cannot write a conversation down again."""
+        """Raises UserError for a template that keeps all thinking, or that cannot write a conversation again."""
         if joints is None or "user" not in joints:
-            raise UserError(f"{NOTHING}: the model talks without a chat template, or nobody answers it as the user")
+            raise UserError(f"{NOTHING}: prompts do not use a chat template, or no environment answers as the user")
         if not joints["user"].kept:
-            raise UserError(f"{NOTHING}: the model's chat template leaves out no thinking before a user's message")
+            raise UserError(f"{NOTHING}: the model's chat template does not leave out thinking before a user's message")
         calls = joints["tool"].calls if "tool" in joints else "all"
         if calls == "none":
-            raise UserError("drop cannot be: the model's chat template does not write the tool calls of earlier turns")
+            raise UserError(
+                "drop is not possible: the model's chat template does not write the tool calls of earlier turns"
+            )
         return cls(template, joints["user"].end, calls)
 
     def prompt_ids(self, prompt: Sequence[Message], said: Sequence[Message]) -> tuple[int, ...]:
-        """The tokens that a next turn follows, with its beginning. `said` is all that followed the `prompt`, and ends
-        with a user's message. Control tokens in it become ordinary text. Raises UserError for messages that the
-        template refuses."""
+        """Return all tokens before the next turn, including the template's beginning of that turn.
+
+        `said` has the messages after the `prompt`, and ends with a user's message. Control tokens in it become ordinary
+        text. Raises UserError for messages that the template refuses.
+        """
         if prompt[-1]["role"] == "assistant":
             raise UserError(
-                "a prompt that ends with the beginning of the model's answer cannot be written down again: use "
-                "thinking: keep"
+                "a prompt that ends with the beginning of the model's answer cannot be written again: use thinking: "
+                "keep"
             )
         spoken = [_harmless(one, self.template) for one in with_texts(said)]
         written = [*with_texts(prompt), *_with_ids(spoken, self.calls)]
@@ -53,15 +57,18 @@ class Anew:
         return (*self.template.encode(first), *(self.template.encode_after(self.end, rest) if rest else ()))
 
     def lasting(self, prompt: Sequence[Message], prompt_ids: Sequence[int]) -> tuple[int, ...]:
-        """What stays of a prompt's tokens when the conversation has gone on. Raises UserError as `prompt_ids` does."""
+        """Return the prefix of a prompt's tokens that stays when the conversation continues.
+
+        Raises UserError as `prompt_ids` does.
+        """
         went_on = [{"role": "assistant", "content": MARK}, {"role": "user", "content": MARK}]
         return tuple(shared(list(prompt_ids), list(self.prompt_ids(prompt, went_on))))
 
 
 def joined(earlier: Sequence[tuple[Trajectory, str]], last: Trajectory) -> Trajectory:
-    """The rows of a conversation as a single trajectory, which ends as the `last` does.
+    """Join the rows of a conversation into one trajectory, with the finish reason of `last`.
 
-    `earlier` are the rows before it, each with the text that followed its last turn.
+    `earlier` are the rows before `last`, each with the text after its last turn.
     """
     if not earlier:
         return last
@@ -78,12 +85,16 @@ def joined(earlier: Sequence[tuple[Trajectory, str]], last: Trajectory) -> Traje
 
 
 def _column(row: Trajectory, name: str) -> Sequence[float]:
-    """A column of a row. Without `sampler` the row was drawn as the policy has it: `min_tokens` changes first rows."""
+    """Return a column of a row; `behaviour` if the row has no such column.
+
+    A row without `sampler` was drawn from the unfiltered policy. Other rows of the conversation may have `sampler`,
+    because `min_tokens` affects only the first rows.
+    """
     return row.columns.get(name) or row.columns[BEHAVIOUR]
 
 
 def _harmless(message: Message, template: Template) -> Message:
-    """A message that holds no whole control token, in the model's tool calls neither."""
+    """Return a message in which no control token is whole, not even in the model's tool calls."""
     if not message.get("tool_calls"):
         return harmless(message, template)
     return {**harmless(message, template), "tool_calls": _apart(message["tool_calls"], template)}
@@ -98,8 +109,8 @@ def _apart(value: Any, template: Template) -> Any:
 
 
 def _with_ids(messages: Sequence[Message], calls: Calls) -> list[Message]:
-    """The messages, in which calls have ids, those that the model gave if it gave any, and results say of which call
-    they are, for templates that insist on it."""
+    """Return the messages with ids for templates that require them: calls have the model's ids, or generated ids, and
+    results name the id of their call."""
     written: list[Message] = []
     ids: list[str] = []
     for number, message in enumerate(messages):

@@ -1,4 +1,4 @@
-"""The objects of one conversation, with a thread and random numbers of their own, where environments live."""
+"""The objects of one conversation in the environments' process, with their own thread and random numbers."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Errand = Callable[[], None]
 
 
 class Thread:
-    """A thread that does what it is told, one job after another. It does not keep the process from ending."""
+    """A daemon thread that runs submitted jobs, one after another."""
 
     def __init__(self, name: str, streams: Streams | None = None) -> None:
         self._jobs: queue.SimpleQueue[Errand | None] = queue.SimpleQueue()
         self._streams = streams
-        self._given, self._done = 0, 0  # each is changed in one thread alone
+        self._given, self._done = 0, 0  # each is changed by one thread only
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
@@ -47,14 +47,14 @@ class Thread:
         self._jobs.put(None)
 
     def interrupt(self) -> None:
-        """Raise SystemExit in a job that hangs. It comes as soon as Python code runs; in a call in C that is never."""
+        """Raise SystemExit in a job that hangs. This takes effect in Python code only, never during a call into C."""
         if not self.idle:
             thread, error = ctypes.c_ulong(self._thread.ident or 0), ctypes.py_object(SystemExit)
             ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, error)
 
     def _work(self) -> None:
         CURRENT.set(self._streams)
-        with contextlib.suppress(SystemExit):  # an interrupt that came when the job was just done
+        with contextlib.suppress(SystemExit):  # an interrupt may arrive just after the job has ended
             while (job := self._jobs.get()) is not None:
                 job()
                 del job
@@ -62,16 +62,17 @@ class Thread:
 
 
 class Chair:
-    """Serves one conversation at a time. All of its synchronous calls are made in its thread, as sqlite3 wants it.
+    """Serves one conversation at a time.
 
-    `environment` is None before the first `reset`, after a `reset` that failed, and where there are tools alone.
+    All of its synchronous calls run in its own thread, because objects such as sqlite3 connections require one thread.
+    `environment` is None before the first `reset`, after a `reset` that failed, and if there are only tools.
     """
 
     def __init__(self, makers: Makers, loop: asyncio.AbstractEventLoop) -> None:
         self.environment: Any = None
         self.tools: dict[str, Tool] = {}
         self.broken = False
-        """Whether it may serve no other conversation."""
+        """Whether it must not serve another conversation."""
         self._makers, self._loop = makers, loop
         self._streams = Streams()
         self.thread = Thread("environment", self._streams)
@@ -81,17 +82,17 @@ class Chair:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing of it runs: no call in its thread, and none on the loop."""
+        """Whether no call of it is running, neither in its thread nor on the loop."""
         return self.thread.idle and self._awaited is None
 
     @property
     def objects(self) -> list[tuple[str, Any]]:
-        """The environment and the tools that are objects, if they are made, each with its place: empty, `tools.0`."""
+        """The environment and the tools that are objects, if they exist, each with its place: `""` or `tools.0`."""
         owned = [(f"tools.{place}", one) for place, one in enumerate(self._owned or ())]
         return [(place, one) for place, one in [("", self.environment), *owned] if one is not None]
 
     def make(self) -> None:
-        """Make the objects, if they are not there. Raises what the environment raises; ToolEntryError for the tools."""
+        """Create the objects unless they exist. Raises what the environment raises, and ToolEntryError for tools."""
         if self._owned is not None:
             return
         made = self._makers.environment
@@ -109,7 +110,7 @@ class Chair:
             self.make()
             self._streams.seed(seed)
             assert self._owned is not None
-            for place, owned in enumerate(self._owned):  # they begin anew, too, and have nothing to say to the prompt
+            for place, owned in enumerate(self._owned):  # tools are reset too, but cannot add to the prompt
                 if hasattr(owned, "reset"):
                     with of_entry(place, "reset: "):
                         self._reset(owned, given, seed)
@@ -133,22 +134,23 @@ class Chair:
         return results.of_reward(self.run(self.environment.get_reward, {}))
 
     def rest(self) -> None:
-        """The conversation is over: let tools that are objects give back what they hold, by `close`."""
+        """Call `close` of tools that are objects at the end of a conversation, so that they free their resources."""
         for owned in self._owned or ():
-            with contextlib.suppress(Exception):  # nobody is left to be told
+            with contextlib.suppress(Exception):  # the conversation is over: there is nowhere to report an error
                 self.run(getattr(owned, CLOSE, lambda: None), {})
 
     def discard(self) -> None:
-        """Throw the objects away, and serve nobody else."""
+        """Drop the objects, and serve no other conversation."""
         self.environment, self._owned, self.tools, self.broken = None, None, {}, True
 
     def cancel(self) -> None:
-        """Cancel what it awaits, if anything. Called on the loop."""
+        """Cancel the asynchronous call that it awaits, if any. Called on the loop."""
         if self._awaited is not None:
             self._awaited.cancel()
 
     def run(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-        """What a function returns, or, if it is asynchronous, gives on the one loop. Called in the chair's thread."""
+        """Call a function and return its result. An asynchronous function runs on the loop. Called in the chair's
+        thread."""
         value = function(**arguments)
         if not inspect.isawaitable(value):
             return value
@@ -162,26 +164,26 @@ class Chair:
             self._awaited = None
 
     def _made_tool(self, place: int, maker: Maker) -> Any:
-        with of_entry(place, "it cannot be made: "):
+        with of_entry(place, "cannot be created: "):
             return self._made(maker)
 
     def _made(self, maker: Maker) -> Any:
-        """An object. Raises UserError where it is called with other arguments than it has, and shows it."""
+        """Create an object. Raises UserError, which names the place, if its parameters do not match the arguments."""
         try:
             return self.run(maker.make, maker.kwargs)
         except TypeError as error:
-            if traceback.extract_tb(error.__traceback__)[-1].filename != __file__:  # its own code raised this
+            if traceback.extract_tb(error.__traceback__)[-1].filename != __file__:  # raised inside the user's code
                 raise
-            advice = "it is called with what the recipe gives it in `kwargs`"
+            advice = "it is called with the arguments in the recipe's `kwargs`"
             if inspect.isroutine(maker.make):
                 advice = (
-                    "a function here makes the object that the model talks to. A function for the model to call "
+                    "a function here must create the object that the model talks to. A function for the model to call "
                     "belongs in `tools`"
                 )
             raise UserError(f"{error}{place_of(maker.make)}: {advice}") from None
 
     def _reset(self, instance: Any, columns: Mapping[str, Any], seed: int) -> Any:
-        """What `reset` returns; it gets `seed` if it names that, and the dataset has no column of this name."""
+        """Call `reset` and return its result. It gets `seed` if it has this parameter and no column has this name."""
         reset = getattr(instance, "reset", None)
         if reset is None:
             return None

@@ -1,7 +1,7 @@
-"""All that lives in one process: chairs for many conversations at once, one event loop, rewards that see environments.
+"""Everything in one environment process: chairs for many conversations, one event loop, rewards that see environments.
 
-Requests and answers are dictionaries. A request names an operation (`op`), most of them the seat that it is for, and a
-number (`id`) that its answer has too.
+Requests and answers are dictionaries. A request has an operation (`op`), a number (`id`) that its answer repeats, and
+for most operations a seat.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from grpo.errors import UserError
 
 Reporter = Callable[[dict[str, Any]], None]
 PATIENCE, GLANCE = 1.0, 0.02
-"""Seconds that a call which is given up has to end, and between two looks whether it has."""
+"""Seconds in which a call that was given up must end, and the interval between checks whether it has ended."""
 
 
 class Chairs:
-    """Answers requests by `answer`, from several threads. `handle` never waits."""
+    """Serves requests. Calls `answer` with each answer, from several threads; `handle` never blocks."""
 
     def __init__(self, makers: Makers, answer: Reporter) -> None:
         self._makers, self._answer = makers, answer
@@ -46,10 +46,10 @@ class Chairs:
         stop(self._loop, self._looping, 0)
 
     def hello(self, name: str | None) -> dict[str, Any]:
-        """What the environment and its tools are, found out from the first objects, which will serve.
+        """Describe the environment and its tools. This creates the first objects, which later serve a conversation.
 
-        `owners` holds for each tool its place among the recipe's tools, or None for the environment's. Raises UserError
-        if they cannot be made, and for tools without a schema (ToolEntryError for mistakes in `tools`).
+        `owners` maps each tool to its index among the recipe's tools, or to None for methods of the environment. Raises
+        UserError if the objects cannot be created or a tool has no schema (ToolEntryError for mistakes in `tools`).
         """
         chair = Chair(self._makers, self._loop)
         made: Future[None] = Future()
@@ -60,7 +60,7 @@ class Chairs:
             raise
         except BaseException as error:  # SystemExit, too
             said = results.of_exception(error, tool=False).error
-            raise UserError(f"it cannot be made: {said}") from error
+            raise UserError(f"cannot be created: {said}") from error
         self._free.append(chair)
         schemas = [] if isinstance(chair.environment, Agent) else [self._schema(chair, name) for name in chair.tools]
         owners = {name: tool.owner for name, tool in chair.tools.items()}
@@ -68,7 +68,7 @@ class Chairs:
         return {"description": asdict(describe(name, chair.environment, schemas, functions)), "owners": owners}
 
     def handle(self, request: Mapping[str, Any]) -> None:
-        """Begin what is asked for. The answer comes when it is done."""
+        """Start a requested operation. The answer follows when it is done."""
         op = request["op"]
         if op == "release":
             self._release(request["seat"])
@@ -91,11 +91,11 @@ class Chairs:
         return self._seats[seat]
 
     def _serve(self, chair: Chair, request: Mapping[str, Any]) -> None:
-        """In the chair's thread: whatever happens there is a reply."""
+        """Run an operation in the chair's thread. An exception becomes a reply, too."""
         op = request["op"]
         try:
             reply: Reply = getattr(chair, op)(**request["arguments"])
-        except BaseException as error:  # other people's code, in a thread of its own
+        except BaseException as error:  # user code
             reply = results.of_exception(error, tool=op == "call")
         self._answer({"id": request["id"], **asdict(reply)})
 
@@ -108,7 +108,7 @@ class Chairs:
             chair.thread.end()
 
     async def _drop(self, request: Mapping[str, Any]) -> None:
-        """Give up what a seat is at, and its objects; the answer says whether it has ended."""
+        """Give up a seat's call and its objects. The answer says whether the call has ended."""
         chair = self._seats.pop(request["seat"], None)
         ended = chair is None
         if chair is not None:
@@ -118,7 +118,7 @@ class Chairs:
             deadline = self._loop.time() + PATIENCE
             while not (ended := chair.idle) and self._loop.time() < deadline:
                 await asyncio.sleep(GLANCE)
-            if not ended:  # it may stop now, but what it leaves half done is for nobody else to find
+            if not ended:  # interrupted only now: no other conversation uses the state that it leaves half done
                 chair.thread.interrupt()
         self._answer({"id": request["id"], "ended": ended})
 
@@ -130,17 +130,18 @@ class Chairs:
                 environments = [self._environment(seat) for seat in request.get("seats", ())]
                 answer = self._rewards.handle(request, environments)
             self._answer({"id": request["id"], "answer": answer})
-        except BaseException as error:  # other people's code
+        except BaseException as error:  # user code
             said = str(error) if isinstance(error, UserError | ValueError) else results.of_exception(error, False).error
             self._answer({"id": request["id"], "error": said})
 
     def _environment(self, seat: int) -> Any:
-        """None for a seat that is lost."""
+        """Return a seat's environment; None if the seat is lost."""
         chair = self._seats.get(seat)
         return None if chair is None else chair.environment
 
     def _problem(self, columns: list[str]) -> str | None:
-        """Why a `reset` could not be called with these columns, or an agent not run, as far as there are objects."""
+        """Return why a `reset` or an agent cannot be called with these columns; None if it can, or if no objects
+        exist."""
         chair = next((chair for chair in (*self._free, *self._seats.values()) if chair.objects), None)
         for owner, one in chair.objects if chair else ():
             if isinstance(one, Agent):
@@ -159,5 +160,5 @@ def _try(future: Future[None], function: Callable[[], None]) -> None:
     try:
         function()
         future.set_result(None)
-    except BaseException as error:  # to be raised where it is waited for
+    except BaseException as error:  # raised in the thread that waits for the future
         future.set_exception(error)

@@ -1,4 +1,4 @@
-"""The exact tokens of a conversation: its prompt, what stands between two turns, and what a turn says."""
+"""The exact tokens of a conversation: its prompt, the text between turns, and the message in a turn."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class Chat:
-    """How the conversations of a model with an environment are written, found by a test of its chat template.
+    """Encodes and parses the conversations of a model with an environment, by rules found in its chat template.
 
-    A conversation's tokens are the prompt's, then by turns those that were sampled and a suffix: what was sampled is
-    never encoded again, not even where the template would write it otherwise. So earlier thinking stays in the
-    conversation, as in templates for training, where a template for inference would leave it out: what the model read
-    when it sampled a turn is then all that stands before that turn, and a conversation is one row to train on. `anew`
-    is the other way: a conversation goes on in a new row, as the template writes it.
+    A conversation's tokens are the prompt's tokens, and then alternately a sampled turn and a suffix. Sampled tokens
+    are never encoded again, even if the template would write them differently. So the conversation keeps earlier
+    thinking, which a template for inference may drop. All tokens before a turn are then what the model read when it
+    sampled the turn, and a conversation is one row to train on. `anew` is the alternative: the conversation continues
+    in a new row, as the template writes it.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Chat:
         thinking: Thinking | None,
         notes: Sequence[str] = (),
     ) -> None:
-        """`joints` are those that are known, by role; None where text goes to the model without a template."""
+        """`joints` are the known joints by role; None if the model gets text without a template."""
         self.notes = tuple(notes)
         self._template, self._form, self._thinking = template, form, thinking
         self._joints: dict[str, Joint | UserError] | None = None if joints is None else dict(joints)
@@ -54,18 +54,19 @@ class Chat:
         templated: bool = True,
         stop_ids: Iterable[int] = (),
     ) -> Chat:
-        """Test the template with these tools, and with `answers` with what an environment says as the user.
+        """Test the template with these tools, and with `answers` also with messages of an environment as the user.
 
-        `templated` says whether prompts go through the template (`PromptRenderer.wraps_text`, or messages); without it
-        a conversation is plain text. `stop_ids` are tokens that end a turn beside the model's own. What was found is in
-        `notes`, for the plan. Raises UserError, with what to do, for a template that cannot hold such conversations.
+        `templated` says whether prompts go through the template (`PromptRenderer.wraps_text`, or messages); otherwise
+        a conversation is plain text. `stop_ids` are tokens that end a turn in addition to the model's own. The findings
+        are in `notes`, for the plan. Raises UserError, with advice, for a template that does not support such
+        conversations.
         """
         stops = {int(token) for token in (*tokenizer.eos_token_ids, *stop_ids) if token is not None}
         template = Template(tokenizer, tuple(tools), dict(template_kwargs or {}), frozenset(stops))
         if not templated or not tokenizer.has_chat_template:
             if tools:
                 why = "data.chat_template is never" if tokenizer.has_chat_template else "the model has none"
-                raise UserError(f"tools need a chat template, which tells the model of them, and {why}")
+                raise UserError(f"tools need a chat template, which shows them to the model, but {why}")
             return cls(template, None, None, None, ["chat: plain text, without a chat template"])
         thinking = Thinking.of(tokenizer, template.render([QUESTION], generation=True))
         form = format_of(template, thinking, ", or an environment that answers as the user does (`step(message)`)")
@@ -76,15 +77,15 @@ class Chat:
 
     @property
     def anew(self) -> Anew:
-        """How conversations go on without earlier thinking, in new rows. Raises UserError for a template that drops
-        none when a user's message follows."""
+        """How conversations continue in new rows without earlier thinking. Raises UserError for a template that does
+        not drop thinking when a user's message follows."""
         joints = None if self._joints is None else {r: j for r, j in self._joints.items() if isinstance(j, Joint)}
         return Anew.of(self._template, joints)
 
     def prompt_ids(self, messages: str | Sequence[Message]) -> tuple[int, ...]:
-        """The tokens of a prompt, with the tools and the beginning of the model's answer. Text is a user's message.
+        """Return the tokens of a prompt, with the tools and the beginning of the model's answer.
 
-        Raises UserError for messages that the template refuses.
+        A string counts as a user's message. Raises UserError for messages that the template refuses.
         """
         asked = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         given, template = with_texts(asked), self._template
@@ -96,13 +97,13 @@ class Chat:
             raise UserError(f"the model's chat template refuses a prompt: {one_line(error)}") from error
 
     def suffix_ids(self, turn_ids: Sequence[int], messages: Sequence[Message]) -> tuple[int, ...] | None:
-        """The tokens between a sampled turn and the next: messages of tools or of the user, and the beginning of the
-        model's answer.
+        """Return the tokens between a sampled turn and the next: messages of tools or of the user, and the beginning of
+        the model's answer.
 
-        `turn_ids` are the turn's tokens with the one that ended it. None where nothing can follow: the turn ended
-        otherwise than the template ends turns (by a limit, a stop string, or another token). A control token that
-        stands in a message as text becomes ordinary tokens of the same characters. Raises UserError for messages that
-        the template refuses.
+        `turn_ids` are the turn's tokens, including the token that ended it. Returns None if nothing can follow, because
+        the turn did not end as the template ends turns (but by a limit, a stop string, or another token). The text of a
+        control token inside a message becomes ordinary tokens of the same characters. Raises UserError for messages
+        that the template refuses.
         """
         template = self._template
         if self._joints is None:
@@ -119,7 +120,7 @@ class Chat:
         return template.encode_after(joint.end, text[at:])
 
     def can_follow(self, role: str, turn_ids: Sequence[int]) -> bool:
-        """Whether messages of this role can follow a turn that ended as these tokens do; plain text always can."""
+        """Whether messages of this role can follow a turn with these tokens. In plain text they always can."""
         if self._joints is None:
             return True
         try:
@@ -130,12 +131,12 @@ class Chat:
     def drops(self, role: str) -> bool:
         """Whether the template leaves out earlier thinking when messages of this role follow.
 
-        Raises UserError where they cannot follow.
+        Raises UserError if they cannot follow.
         """
         return self._joints is not None and self._joint(role).kept
 
     def _joint(self, role: str) -> Joint:
-        """How messages of a role follow a turn. Raises UserError where they cannot."""
+        """Return how messages of a role follow a turn. Raises UserError if they cannot."""
         assert self._joints is not None
         if role not in self._joints:
             try:
@@ -147,8 +148,8 @@ class Chat:
         return found
 
     def parse(self, turn_ids: Sequence[int]) -> Message:
-        """What a sampled turn says, as the assistant's message: `content`, `tool_calls` if it calls tools, and
-        `reasoning_content` if it thinks. A call that cannot be parsed is a part of the content. Never raises."""
+        """Return a sampled turn as the assistant's message: `content`, `tool_calls` if it calls tools, and
+        `reasoning_content` if it has thinking. A call that cannot be parsed is part of the content. Never raises."""
         said = self._said(turn_ids)
         message: Message = {"role": "assistant", "content": said.content}
         if said.reasoning is not None:
@@ -174,7 +175,7 @@ class Chat:
         return ParsedTurn(clean, said.calls, thought)
 
     def _call_ids(self, turn_ids: Sequence[int], results: Sequence[Message], joint: Joint) -> list[str | None]:
-        """The ids that the model gave its calls, where the template tells them and takes them."""
+        """Return the ids that the model gave its calls, if the template writes and accepts them; otherwise empty."""
         if not joint.ids:
             return []
         given = [call.get("id") for call in self._said(turn_ids).calls]
@@ -184,7 +185,7 @@ class Chat:
 
 
 def without_end(message: Message, end: str) -> Message:
-    """The model's message without the stop string that ended it: no text has that."""
+    """Return the model's message without the stop string that ended it, as in a trajectory's text."""
     return {**message, "content": message["content"].removesuffix(end)}
 
 
@@ -194,22 +195,22 @@ def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _notes(template: Template, joints: Mapping[str, Joint], form: CallFormat | None, several: bool) -> list[str]:
-    """What was found, for the plan."""
+    """The findings about the template, as lines of the plan."""
     if not joints:
         return []
     texts = {index: text for text, index in template.special.items()}
     ends = sorted({texts[token] for joint in joints.values() for token in joint.sampled})
-    read = f"; tool calls are read as {form.name}{'' if several else ', one in a turn'}" if form else ""
+    read = f"; tool calls are read as {form.name}{'' if several else ', one per turn'}" if form else ""
     notes = [f"chat: a turn ends with {' or '.join(ends)}{read}"]
     if kept := _when(joint for joint in joints.items() if joint[1].kept):
         notes.append(
-            f"{KEEPS} the conversation, as it was sampled, when {kept} follows; the chat template alone would leave it "
-            "out (environment.thinking: keep)"
+            f"{KEEPS} the conversation, as it was sampled, when {kept} follows; the chat template would leave it out "
+            "(environment.thinking: keep)"
         )
     if moves := _when(joint for joint in joints.items() if joint[1].moves):
         notes.append(
-            f"chat: a system message stays where it stood in the prompt when {moves} follows; the chat template alone "
-            "would move it"
+            f"chat: a system message stays in its place in the prompt when {moves} follows; the chat template would "
+            "move it"
         )
     return notes
 
@@ -217,9 +218,9 @@ def _notes(template: Template, joints: Mapping[str, Joint], form: CallFormat | N
 KEEPS = "chat: earlier thinking stays in"
 DROPS = (
     "chat: earlier thinking is left out when a user's message follows, as in the chat template: the conversation then "
-    "goes on in a new row to train on, with the same advantage (environment.thinking: drop)"
+    "continues in a new training row with the same advantage (environment.thinking: drop)"
 )
-"""The note in the place of `KEEPS`, for conversations that go on anew."""
+"""The note that replaces `KEEPS` for conversations that continue in new rows."""
 FOLLOWING = {"tool": "a tool's result", "user": "a user's message"}
 
 

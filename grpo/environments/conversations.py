@@ -1,4 +1,4 @@
-"""The environment that lets the model talk with others: tools, and whoever answers it."""
+"""The environment for conversations: the model talks with tools and with environments that answer it."""
 
 from __future__ import annotations
 
@@ -15,32 +15,33 @@ from grpo.types import Task, Trajectory
 
 
 class Conversations:
-    """Plays all conversations of a group side by side: one that waits for its environment holds nobody up.
+    """Plays all conversations of a group concurrently: a conversation that waits for its environment delays no other.
 
-    What is sampled depends on nothing but the row and its environment's answers, whenever they come. A conversation
-    with a `rollout_timeout` is the exception: where the clock ends it depends on the machine, so that a resumed run may
-    differ from an uninterrupted one. The clock runs from the first turn on, waiting for a slot included. A call that is
-    under way when time is up is not waited for, and `get_reward` is not asked for then.
+    The sampled tokens depend only on the row and its environment's answers, not on when the answers come. The exception
+    is `rollout_timeout`: where the clock ends a conversation depends on the machine, so a resumed run may differ from
+    an uninterrupted run. The clock starts with the first turn, and includes waiting for a slot. A call that is running
+    when time is up is abandoned, and `get_reward` is not called after it.
 
-    A conversation ends with the turn in which no tool is called, where nobody answers as the user does; when a step
-    says that it is `done`, or answers nothing; or at a limit. Tools that are called in the last turn of `max_turns`
-    are still run, and a step is still taken: the result counts, is in the messages, and is read by nobody. A call
-    beyond `max_tool_calls` is not run. An answer that leaves no room for another turn in `max_completion_length` is
-    taken back, and the conversation ends with what it has: `length`.
+    With tools only, a conversation ends with the first turn that calls no tool. If an environment answers as the user,
+    a conversation ends when a step is `done` or answers nothing. It also ends at a limit. After the last turn of
+    `max_turns`, the environment still runs the turn's tool calls or its step: the result counts and is recorded, but
+    the model does not read it. A call beyond `max_tool_calls` is not run. If an answer leaves no room for another turn
+    in `max_completion_length`, it is dropped, and the conversation ends with `length`.
     """
 
     def __init__(
         self, tables: Mapping[str, Table], seed: int, max_prompt_length: int, system: str | None = None
     ) -> None:
-        """`tables` are by the column `environment`; a single one by the empty name is for all rows.
+        """Set up the environment.
 
-        `seed` is the run's. A prompt may have `max_prompt_length` tokens after `reset`, or its conversation fails.
-        `system` is the message before prompts of text.
+        `tables` maps values of the column `environment` to tables; the empty name alone stands for all rows. `seed` is
+        the run's seed. A conversation fails if its prompt has more than `max_prompt_length` tokens after `reset`.
+        `system` is the system message before prompts that are text.
         """
         self.tables, self.seed = dict(tables), seed
         self.max_prompt_length, self.system = max_prompt_length, system
         self.limits: dict[str, int] = {}
-        """In the place of `max_prompt_length`, by the source of a task."""
+        """Limits that replace `max_prompt_length`, by the source of a task."""
 
     async def rollout(self, task: Task, sampler: Sampler) -> list[Trajectory]:
         table, columns = self.table_of(task), self._columns_of(task)
@@ -55,15 +56,15 @@ class Conversations:
                 prompts, table.limits.max_turn_tokens or 0, [play.lasting for play in plays if play.failure is None]
             )
             return await sampler.gather(*(play.play(row) for play, row in zip(plays, rows, strict=True)))
-        except BaseException:  # nobody will score them
+        except BaseException:  # the conversations will not be scored, so give their seats back here
             for play in plays:
                 play.leave()
             raise
 
     def begin_once(self, task: Task) -> Content | None:
-        """What `reset` adds to the task's prompt: it is called as for the first conversation, and that is all.
+        """Call `reset` once, as for the task's first conversation, and return what it adds to the prompt.
 
-        Raises UserError where it fails, or adds what the chat template refuses, and says why.
+        Raises UserError if `reset` fails, or if the chat template refuses what it adds.
         """
         table = self.table_of(task)
         (seat,) = table.host.seats(0, 1)
@@ -79,7 +80,7 @@ class Conversations:
         return added
 
     def _columns_of(self, task: Task) -> dict[str, Any]:
-        """What `reset` is called with."""
+        """Return the columns with which `reset` is called."""
         columns = begun_with(task)
         if len(self.tables) > 1 or "" not in self.tables:
             del columns[SELECTED_BY]
@@ -89,9 +90,10 @@ class Conversations:
         return seed_of(self.seed, task, sample)
 
     def tail(self, task: Task) -> int:
-        """How many of a prompt's last tokens each completion has for itself, because rows that begin anew have others.
+        """Return how many of a prompt's last tokens belong to each row instead of the group, because later rows of the
+        conversation have other tokens there.
 
-        Raises UserError for a prompt that cannot be written down again.
+        Raises UserError for a prompt that cannot be written again.
         """
         anew = self.table_of(task).anew
         if anew is None:
@@ -100,14 +102,14 @@ class Conversations:
         return len(task.prompt_ids) - len(lasting)
 
     def table_of(self, task: Task) -> Table:
-        """Who sits at the task's conversations. Raises UserError if its column `environment` names nobody."""
+        """Return the table of a task. Raises UserError if the column `environment` names no environment."""
         if list(self.tables) == [""]:
             return self.tables[""]
         name = task.columns.get(SELECTED_BY)
         if name not in self.tables:
             known = ", ".join(self.tables)
             raise UserError(
-                f"environments: row {task.index} of {task.source} has {name!r} in the column {SELECTED_BY!r}, and "
-                f"there is {known}.{did_you_mean(str(name), self.tables)}"
+                f"environments: row {task.index} of {task.source} has {name!r} in the column {SELECTED_BY!r}, but the "
+                f"recipe has {known}.{did_you_mean(str(name), self.tables)}"
             )
         return self.tables[name]

@@ -1,6 +1,6 @@
-"""TRL's contract for environments and tools: which of their functions the model may call, and by which schemas.
+"""TRL's contract for environments and tools: which of their functions the model may call, and with which schemas.
 
-See `environment_factory` and `tools` of TRL's `GRPOTrainer`. Worker processes import this.
+See `environment_factory` and `tools` of TRL's `GRPOTrainer`. Worker processes import this module.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from grpo.errors import UserError
 
 EnvironmentKind = Literal["tools", "messages", "text", "rollout", "agent"]
 RESERVED = ("reset", "get_reward")
-"""Public methods that are no tools."""
+"""Public methods that are not tools."""
 ANSWERS: Mapping[str, EnvironmentKind] = {"message": "messages", "text": "text"}
-"""What `step` is called with, if it answers as a user does, by the name of its only parameter."""
+"""Kind of environment by the name of the only parameter of `step`, if `step` answers as a user."""
 
 
 def kind_of(environment: Any) -> EnvironmentKind:
-    """Who has the next word in a conversation with this environment."""
+    """Return the kind of an environment, which decides who acts after the model's turn."""
     if isinstance(environment, Agent):
         return "agent"
     if inspect.iscoroutinefunction(getattr(environment, "rollout", None)):
@@ -39,12 +39,12 @@ def kind_of(environment: Any) -> EnvironmentKind:
 
 
 def methods_of(instance: Any) -> list[str]:
-    """The names of the methods that are tools, sorted.
+    """Return the sorted names of the methods that are tools.
 
-    An environment of text is spoken to in text alone: none of its methods is a tool.
+    An environment of kind `text` has no tools: the model talks to it in plain text.
     """
     kind = kind_of(instance)
-    if kind == "agent":  # the trainer calls it, and no model
+    if kind == "agent":  # called by the trainer, not by the model
         return [RUN]
     if kind in ("text", "rollout"):
         return []
@@ -52,7 +52,8 @@ def methods_of(instance: Any) -> list[str]:
 
 
 def _public(instance: Any) -> list[str]:
-    """Public functions of the class, inherited, static and class methods too, and methods bound to the object alone."""
+    """Names of the class's public functions (also inherited, static, and class methods) and of methods that are bound
+    to this object only."""
     kind = type(instance)
     of_class = [
         name
@@ -64,22 +65,22 @@ def _public(instance: Any) -> list[str]:
 
 
 def schema_of(name: str, function: Callable[..., Any], hidden: Collection[str], owner: str = "") -> dict[str, Any]:
-    """The JSON schema of a tool, without the arguments that the recipe gives (`hidden`).
+    """Return the JSON schema of a tool, without the arguments that the recipe sets (`hidden`).
 
-    Raises UserError if hints or descriptions are missing, and says of what. `owner` is where the recipe names it, empty
-    for a method of the environment.
+    `owner` is the tool's place in the recipe; empty for a method of the environment. Raises UserError if a type hint or
+    a description is missing; the message names the argument.
     """
     get_json_schema = _schema_maker()
     try:
         schema: dict[str, Any] = get_json_schema(_without(function, hidden) if hidden else function)
-    except Exception as error:  # of several kinds, and those of hints that cannot be resolved
+    except Exception as error:  # several types, and any type from a hint that cannot be resolved
         lacks = str(error).removeprefix(f"Cannot generate JSON schema for {name} because ").rstrip("!. ")
         first = next((one for one in _parameters(function) if one not in hidden), "place")
-        private = "" if owner else ". If the model is not to call it, let its name begin with an underscore"
+        private = "" if owner else ". If the model must not call it, start its name with an underscore"
         raise UserError(
             f"{owner and f'{owner}: '}the tool {name!r}{place_of(function)} has no schema: {lacks}. A tool needs a "
-            "type hint for each argument, and a docstring that says what it does and, under a line `Args:`, what each "
-            f"argument is, for example `{first}: The {first} to look up.`{private}"
+            "type hint for each argument, and a docstring that describes the tool and, under a line `Args:`, each "
+            f"argument, for example `{first}: The {first} to look up.`{private}"
         ) from None
     schema["function"]["name"] = name
     return schema
@@ -93,18 +94,21 @@ def _parameters(function: Callable[..., Any]) -> list[str]:
 
 
 def place_of(code: Callable[..., Any]) -> str:
-    """` (FILE:LINE)` of a function or class; nothing where that is not known."""
+    """Return ` (FILE:LINE)` of a function or class; an empty string if its place is unknown."""
     try:
         plain = inspect.unwrap(code)
         return f" ({inspect.getsourcefile(plain)}:{inspect.getsourcelines(plain)[1]})"
-    except (OSError, TypeError, ValueError):  # of C, of no file, of a callable object
+    except (OSError, TypeError, ValueError):  # written in C, without a file, or a callable object
         return ""
 
 
 @functools.cache
 def _schema_maker() -> Callable[[Callable[..., Any]], dict[str, Any]]:
-    """The function of transformers, imported without its advice to install PyTorch, which schemas do not need, and in a
-    third of the time: a process of environments starts with it."""
+    """Return transformers' `get_json_schema`.
+
+    The import skips the advice to install PyTorch, which schemas do not need. It also takes a third of the time of a
+    plain import, and every environment process starts with it.
+    """
     quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     was_set = quiet in os.environ
     os.environ.setdefault(quiet, "1")
@@ -116,7 +120,7 @@ def _schema_maker() -> Callable[[Callable[..., Any]], dict[str, Any]]:
 
 
 def _without(function: Callable[..., Any], hidden: Collection[str]) -> Callable[..., Any]:
-    """A function that looks like this one without some of its parameters. It is for its signature, not for calls."""
+    """Return a stand-in with the same signature except for the `hidden` parameters. Not for calls."""
 
     def shown(**_: Any) -> None: ...
 
@@ -131,7 +135,7 @@ def _without(function: Callable[..., Any], hidden: Collection[str]) -> Callable[
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:
-    """Whether the signature names a parameter that can be given by keyword."""
+    """Whether `function` has a parameter `name` that can be passed by keyword."""
     try:
         parameter = inspect.signature(function).parameters.get(name)
     except ValueError:  # a builtin without a signature
@@ -140,7 +144,7 @@ def takes(function: Callable[..., Any], name: str) -> bool:
 
 
 def reset_problem(reset: Callable[..., Any], columns: Collection[str]) -> str | None:
-    """Why `reset` could not be called with these columns; None if it can be."""
+    """Return why `reset` cannot be called with these columns; None if it can."""
     given = {*columns, *(("seed",) if takes(reset, "seed") else ())}
     try:
         inspect.signature(reset).bind(**dict.fromkeys(given))
@@ -154,7 +158,7 @@ def reset_problem(reset: Callable[..., Any], columns: Collection[str]) -> str | 
 def describe(
     name: str | None, environment: Any, schemas: list[dict[str, Any]], tools: Mapping[str, Callable[..., Any]]
 ) -> Description:
-    """What is told of an environment, which is None if there are tools alone. `tools` are the functions by name."""
+    """Return the description of an environment (None: tools only). `tools` maps names to functions."""
     called = {**tools, "step": environment.step} if kind_of(environment) in ANSWERS.values() else tools
     steps = [which for which, function in called.items() if may_return_step(function)]
     if environment is None:
@@ -173,14 +177,14 @@ def describe(
 
 
 PLAIN = (str, int, float, complex, bool, bytes, list, tuple, set, dict, type(None), None)
-"""Types of results that are no `Step`."""
+"""Result types that are not a `Step`."""
 
 
 def may_return_step(function: Callable[..., Any]) -> bool:
-    """Whether a function may return a `Step`: its return annotation does not name plain types alone."""
+    """Whether a function may return a `Step`: true unless its return annotation names only plain types."""
     try:
         hint: Any = inspect.get_annotations(inspect.unwrap(function), eval_str=True)["return"]
-    except Exception:  # there is none, or it cannot be resolved
+    except Exception:  # no annotation, or an annotation that cannot be resolved
         return True
     parts: Sequence[Any] = get_args(hint) if _is_union(get_origin(hint)) else [hint]
     return any((get_origin(part) or part) not in PLAIN for part in parts)
@@ -191,7 +195,7 @@ def _is_union(origin: Any) -> bool:
 
 
 def _withheld(environment: Any) -> list[str]:
-    """Methods that look like tools of an environment that has none because of its `step(text)`."""
+    """Methods that look like tools, of an environment that has no tools because of its `step(text)`."""
     if kind_of(environment) != "text":
         return []
     return [

@@ -1,4 +1,4 @@
-"""One loop drives the generator and the coroutines that wait for its rows."""
+"""The loop that drives the generator and the coroutines that wait for its rows."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class Driver:
-    """Rollouts under way on one engine. When its `with` block is left, no coroutine and no row is left."""
+    """The rollouts in progress on one engine. Leaving its `with` block ends all coroutines and releases all rows."""
 
     def __init__(self, engine: Engine, tokenizer: TokenizerWrapper, sampling: Sampling, logprobs: bool = True) -> None:
-        """Every row is sampled so, and has its `logprobs` or none."""
+        """`sampling` holds for every row that sets nothing else. Rows get logprobs if `logprobs` is true."""
         self.engine, self.jobs = engine, Scheduler()
         self.tokenizer, self.sampling, self.logprobs = tokenizer, sampling, logprobs
         self._ends: dict[Row, Gate] = {}
@@ -37,10 +37,10 @@ class Driver:
             self.engine.abandon()
 
     async def ended(self, row: Row, until: float | None = None) -> FinishReason:
-        """Wait until a row has ended its turn, and say why; not at all if it has.
+        """Wait until a row's turn has ended, and return why it ended. Returns immediately if it has ended already.
 
-        A row that still decodes, or waits for a slot, at the moment `until` of `time.monotonic` is released then:
-        `rollout_timeout`.
+        `until` is a deadline on the clock of `time.monotonic`. A row that still decodes or waits for a slot then is
+        released, with the reason `rollout_timeout`.
         """
         if row.finish_reason is None:
             gate = self._ends.setdefault(row, Gate())
@@ -54,20 +54,20 @@ class Driver:
         return row.finish_reason
 
     def watch(self, row: Row, told: Callable[[Row], object]) -> None:
-        """Have `told` called after each step in which the row got tokens, until it has ended its turn."""
+        """Call `told(row)` after each step in which the row got tokens, until its turn has ended."""
         self._watched[row] = told
 
     def give_up(self, row: Row) -> None:
-        """Release a row that is watched, wherever it is: nobody is told of it any more."""
+        """Release a watched row in any state, and stop watching it."""
         self._watched.pop(row, None)
         self.engine.release(row)
 
     def run(self, step_done: Callable[[], object], begin: Callable[[bool], bool] = lambda _: False) -> None:
-        """Decode, and let coroutines go on whenever a row ends, until nothing is left to do.
+        """Decode, and resume waiting coroutines whenever a row ends, until nothing is left to do.
 
-        `step_done` is called after each step. `begin` is called before each: it may start jobs, and returns whether it
-        did. Its argument is whether it may wait for something to start, because no row decodes. Where no row ends the
-        loop itself costs a step less than a microsecond.
+        `step_done` is called after each step. `begin` is called before each step: it may start jobs, and returns
+        whether it did. Its argument says whether it may wait for a job to start, because no row is decoding. In steps
+        in which no row ends, the loop itself costs less than a microsecond.
         """
         engine, jobs, ends = self.engine, self.jobs, self._ends
         while True:
@@ -90,7 +90,7 @@ class Driver:
             jobs.ring()
 
     def _tell(self, events: Events) -> None:
-        """Tell those who watch a row what it has come to."""
+        """Call the callbacks of the watched rows that got tokens."""
         for row in events.rows:
             if row is not None and (told := self._watched.get(row)) is not None:
                 if row in events.ended:

@@ -1,4 +1,4 @@
-"""What the model reads where a call of a tool failed, as in TRL; and what a step's conversations show of such calls."""
+"""The message that the model reads after a failed tool call, as in TRL, and a search for failed calls."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from grpo.types import Group, Message
 
 
 def as_result(error: str) -> str:
-    """The result of a call that failed."""
+    """Return the content of a failed call's result."""
     return str({"error": error})
 
 
 def error_in(message: Message) -> str | None:
-    """Why the call failed of which this is the result; None of other messages."""
+    """Return the error if this message is the result of a failed call; None for other messages."""
     content = message["content"]
     if message["role"] != "tool" or not isinstance(content, str) or not content.startswith("{'error': "):
         return None
@@ -26,7 +26,7 @@ def error_in(message: Message) -> str | None:
 
 
 def first_failed(groups: Sequence[Group]) -> tuple[str, str] | None:
-    """The tool of the first call that failed, and why; None if none did."""
+    """Return the tool and the error of the first failed call; None if no call failed."""
     talks = (rollout.trajectory.conversation for group in groups for rollout in group.rollouts)
     for message in (message for talk in talks if talk is not None and talk.failed_calls for message in talk.messages):
         if (error := error_in(message)) is not None:

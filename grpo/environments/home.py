@@ -1,6 +1,6 @@
-"""One process in which seats live, as the trainer sees it: asked, waited for, given up, ended.
+"""The trainer's side of one process with seats: requests, replies, time limits, and its end.
 
-All of it happens on the event loop of its host, so nothing here needs a lock, and nothing may block.
+All of this code runs on the event loop of the process's host: it needs no locks, and must not block.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from grpo.environments.seats import Reply
 from grpo.errors import UserError
 
 GRACE = 10.0
-"""Seconds for a process to say that it has given up a call. One that does not answer is held by other people's code."""
-CLOSED = Reply("crash", error="its process was ended, because the run is over")
-HELD = "its process did not answer any more (a call in it holds all of it), so it was killed"
+"""Seconds in which a process must confirm that it has given up a call. If it does not, user code blocks all of it."""
+CLOSED = Reply("crash", error="its process was ended because the run is over")
+HELD = "its process stopped answering (one of its calls blocks the whole process), so it was killed"
 
 
 class LostError(Exception):
-    """The process is gone, and the seats in it with it; `reply` says how."""
+    """The process is gone with all of its seats; `reply` says how it ended."""
 
     def __init__(self, reply: Reply) -> None:
         super().__init__(reply.error)
@@ -28,33 +28,35 @@ class LostError(Exception):
 
 
 class Home:
-    """Asks are made from the loop. Kinds of homes say how a request is sent and how all is ended.
+    """Base class of homes. Subclasses implement how to send a request and how to end the home.
 
-    `hello` is what it has said of itself, once it is `ready`; `problem` why it could not be made ready.
+    `hello` is the home's description of itself, once it is `ready`; `problem` is why it could not become ready. Call
+    the methods on the host's event loop, except for `pack`.
     """
 
     holds_objects = False
-    """Whether Python objects can be handed to it as they are, because it is in this process."""
+    """Whether it takes Python objects without pickling, because it lives in the trainer's process."""
 
     def __init__(self) -> None:
         self.ready = asyncio.Event()
         self.hello: Mapping[str, Any] = {}
         self.problem: str | None = None
         self.gone = False
-        """Whether nothing answers here any more. How it ended takes a while to find out: then all seats are lost."""
+        """Whether the home no longer answers. `lost` is set later, because it takes time to find out how it ended."""
         self.lost: Reply | None = None
         self.retired = False
-        """Whether it takes no new seats: something in it hangs."""
+        """Whether it takes no new seats, because a call in it hangs."""
         self.seats: set[int] = set()
         self.office = asyncio.Lock()
-        """Held by a call of a reward: one at a time, so that none waits within its time limit."""
+        """Held during a call of a reward. One call runs at a time, so that no time limit includes waiting."""
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._numbers = itertools.count()
 
     async def ask(self, request: Mapping[str, Any], seconds: float) -> Any:
-        """The answer. Raises TimeoutError after `seconds` from when it is ready, LostError if it ends before.
+        """Send a request and return the answer.
 
-        If it is `gone` by then, this waits for `lose`, which says how it ended.
+        Raises TimeoutError if there is no answer within `seconds`, counted from when the home is ready, and LostError
+        if the home ends first. If the home is `gone` by then, this waits for `lose`, which gives the reason.
         """
         await self.ready.wait()
         if self.lost is not None:
@@ -71,7 +73,10 @@ class Home:
             self._waiting.pop(number, None)
 
     async def administer(self, request: Mapping[str, Any], seconds: float) -> Any:
-        """The answer to a request that is about no seat. Raises UserError for what its code could not do, too."""
+        """Return the answer to a request that concerns no single seat.
+
+        Raises as `ask` does, and UserError if the user's code failed.
+        """
         async with self.office:
             try:
                 answer = await self.ask(request, seconds)
@@ -83,9 +88,10 @@ class Home:
         return answer["answer"]
 
     async def drop(self, seat: int | None) -> None:
-        """Give up what a seat is at, or what a reward is (None).
+        """Give up the call that a seat is making, or with None the call of a reward.
 
-        Where that cannot be ended, the others may finish, and then all is ended; where nothing answers, at once.
+        If the call cannot be ended, the home retires: the other seats may finish, and then the home is ended. If the
+        home does not answer, it is ended immediately.
         """
         self.leave(seat)
         try:
@@ -100,19 +106,19 @@ class Home:
             self.leave(None)
 
     def leave(self, seat: int | None) -> None:
-        """A seat is over. The last one to leave a retired home ends it."""
+        """Remove a seat. When the last seat leaves a retired home, the home is ended."""
         self.seats -= {seat}
         if self.retired and not self.seats and not self.gone:
             self._ending = asyncio.ensure_future(self.end(CLOSED))
 
     def release(self, seat: int) -> None:
-        """A conversation is over: its objects may serve another one."""
+        """End a seat's conversation: its objects may serve another conversation."""
         if seat in self.seats and self.lost is None and self.ready.is_set():
             self.send({"op": "release", "seat": seat})
         self.leave(seat)
 
     def lose(self, reply: Reply) -> None:
-        """All seats are lost, and whoever waits is told."""
+        """Mark all seats as lost, and raise LostError in everything that waits for an answer."""
         self.gone = True
         self.lost = self.lost or reply
         self.ready.set()
@@ -123,7 +129,7 @@ class Home:
         self.seats.clear()
 
     def answered(self, answer: Any) -> None:
-        """An answer has come. Raises KeyError, TypeError and ValueError for what is none."""
+        """Deliver an answer. Raises KeyError, TypeError, or ValueError if the message is not a valid answer."""
         future = self._waiting.get(answer["id"])
         if "kind" in answer:
             answer = _reply(answer)
@@ -131,20 +137,20 @@ class Home:
             future.set_result(answer)
 
     def pack(self, columns: Mapping[str, Any]) -> bytes | Mapping[str, Any]:
-        """A row as it is sent. Called from any thread; raises whatever its values raise."""
+        """Return a row in the form in which it is sent. Called from any thread; raises what the values raise."""
         raise NotImplementedError
 
     def send(self, request: Mapping[str, Any]) -> None:
         raise NotImplementedError
 
     async def end(self, reply: Reply) -> None:
-        """End everything in it, and what that has started; all seats get this reply."""
+        """End the home and all processes that it has started; all seats get this reply."""
         raise NotImplementedError
 
 
 def _reply(answer: Mapping[str, Any]) -> Reply:
-    """A reply, read as one that anything may have been written into."""
+    """Return the reply in a message. The message is checked, because user code may have written into the channel."""
     kind, value, reward = answer["kind"], answer["value"], answer["reward"]
     if kind not in ("ok", "error") or not isinstance(value, None | str | list | float):
-        raise ValueError("no reply")
+        raise ValueError("not a reply")
     return Reply(kind, value, None if reward is None else float(reward), bool(answer["done"]), str(answer["error"]))

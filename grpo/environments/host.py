@@ -1,4 +1,4 @@
-"""Where the environments of one name live: processes with seats in them, or the trainer's own."""
+"""The host of all environments of one name: worker processes with seats, or the trainer's own process."""
 
 from __future__ import annotations
 
@@ -22,16 +22,22 @@ from grpo.processes.output import Output
 
 Returned = TypeVar("Returned")
 STOP_SECONDS = 5.0
-"""For the thread of a host to end."""
+"""How long to wait for a host's thread to end."""
 
 
 @dataclass(frozen=True, slots=True)
 class HostTerms:
-    """Seconds for a call of a method, for `reset`, and for each of the recipe's tools; how many processes.
+    """Settings of a host.
 
-    `several`: the column `environment` chose this one, and is not shown to it. `agent`: its calls run an agent, whose
-    errors are for people and not for the model. `late` is said of a call that took too long, and `explain` adds to an
-    error what is known of its cause.
+    what           its label in error messages
+    timeout        seconds for a call of a method
+    reset_timeout  seconds for a call of `reset`
+    tool_timeouts  seconds for a call of each of the recipe's tools
+    workers        the number of processes
+    several        whether the column `environment` selects this host; the column is then not passed to `reset`
+    agent          whether its calls run an agent, whose errors are for people and not for the model
+    late           text to append to the error of a call that took too long
+    explain        adds what is known about the cause to an error
     """
 
     what: str
@@ -46,14 +52,14 @@ class HostTerms:
 
 
 class EnvironmentHost:
-    """Homes of one kind, and a thread with an event loop that speaks to them. A `Host`, from any thread."""
+    """A `Host`: homes of one kind, and a thread whose event loop talks to them. Thread-safe."""
 
     def __init__(self, make_home: Callable[[bool], Home], terms: HostTerms, output: Output | None = None) -> None:
-        """Starts all homes, and does not wait for them. `make_home(True)` makes one that says what it is when ready."""
+        """Starts all homes without waiting. `make_home(True)` makes a home that describes itself when it is ready."""
         self.terms = terms
         self._make_home, self._output = make_home, output
         self.loop, thread = run_in_thread(terms.what)
-        self._stop = weakref.finalize(self, stop, self.loop, thread, STOP_SECONDS)  # at the end of Python, too
+        self._stop = weakref.finalize(self, stop, self.loop, thread, STOP_SECONDS)  # also when Python exits
         self._closed = False
         self._rewards: list[HostedReward] = []
         self._hello: Mapping[str, Any] = {}
@@ -63,7 +69,10 @@ class EnvironmentHost:
 
     @property
     def description(self) -> Description:
-        """Waits until they are ready. Raises UserError if the environment or a tool cannot be had, and says why."""
+        """What the environment and its tools are. Waits until the first home is ready.
+
+        Raises UserError if the environment or a tool cannot be loaded.
+        """
         return Description(**self._wait(self._ready())["description"])
 
     def seats(self, group: int, n: int) -> Sequence[Seat]:
@@ -101,7 +110,7 @@ class EnvironmentHost:
             self._output.close()
 
     def submit(self, coroutine: Coroutine[Any, Any, Returned], closed: Returned) -> Future[Returned]:
-        """Let a coroutine run on the loop; `closed` is its result if the host is closed."""
+        """Run a coroutine on the loop. If the host is closed, the result is `closed`."""
         if not self._closed:
             return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
         coroutine.close()
@@ -110,7 +119,7 @@ class EnvironmentHost:
         return future
 
     def seconds(self, tool: str) -> float:
-        """The time limit for a call of a tool."""
+        """Return the time limit for a call of a tool, in seconds."""
         owner = self._hello.get("owners", {}).get(tool)
         return self.terms.timeout if owner is None else self.terms.tool_timeouts[owner]
 
@@ -126,7 +135,7 @@ class EnvironmentHost:
         return home
 
     async def _ready(self) -> Mapping[str, Any]:
-        """What the first process has said of itself. It stays true when that process is lost later."""
+        """Return the first process's description. It remains valid if that process is lost later."""
         home = self._homes[0]
         if not self._hello:
             await home.ready.wait()
@@ -158,7 +167,7 @@ class EnvironmentHost:
         return dict(told[0])
 
     async def _load_again(self, home: Home, reward: HostedReward) -> None:
-        """Load a reward that could be loaded before. If it cannot be now, each of its calls says so."""
+        """Load a reward into a new home. If this fails, each call of the reward reports it."""
         with contextlib.suppress(UserError):
             await self._load_into(home, reward)
 
@@ -170,7 +179,7 @@ class EnvironmentHost:
         return await self._administer(self._homes[0], request, what)
 
     async def _administer(self, home: Home, request: Mapping[str, Any], what: str) -> Any:
-        """What a home says. Raises UserError if it cannot, and says why."""
+        """Return a home's answer to a request. Raises UserError, with the reason, if there is none."""
         try:
             return await home.administer(request, START_SECONDS)
         except TimeoutError:
@@ -183,7 +192,7 @@ class EnvironmentHost:
         try:
             answer = await home.administer({**request, "seats": [seat.number for seat in seats]}, reward.timeout)
         except TimeoutError:
-            said = f"no answer in {reward.timeout:g} s in this call, so its thread was given up"
+            said = f"no answer in {reward.timeout:g} s in this call, so its thread was abandoned"
             return hosted.failed(count, said, "timeout", reward.timeout, fatal=True)
         except LostError as error:
             return hosted.failed(count, error.reply.error, fatal=True)

@@ -1,4 +1,4 @@
-"""Rewards that take `environments`, called where these live."""
+"""Rewards that take `environments`, called in the process where the environments live."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from typing import Any
 from grpo.errors import UserError
 
 DOOR = "grpo.scoring.loading"
-"""The module whose `load` makes a reward of a function. It is in a room below this one, which hands itself in."""
+"""The module whose `load` wraps a function as a reward. It is imported by name, because its room imports this room."""
 PARAMETER = "environments"
-GONE = "its environment is lost, so it could not be shown to the reward"
+GONE = "its environment is lost, so it could not be passed to the reward"
 
 
 class HostedRewards:
-    """The rewards of one process by name. Not for several threads at once."""
+    """The rewards of one process, by name. Not thread-safe."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._rewards: dict[str, Any] = {}
         self._loop = loop
 
     def handle(self, request: Mapping[str, Any], environments: Sequence[Any]) -> Any:
-        """Do `load`, `reward_problem` or `score`. Raises ValueError and UserError for rewards that cannot be had."""
+        """Run the operation `load`, `reward_problem`, or `score`.
+
+        Raises ValueError or UserError for a reward that cannot be loaded.
+        """
         if request["op"] == "load":
             reward = request["reward"]
             load = importlib.import_module(DOOR).load
@@ -40,14 +43,14 @@ class HostedRewards:
         return _scored(reward, environments, columns, request["state"])
 
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """An asynchronous reward runs on the loop of the environments, whose clients belong to it."""
+        """Run an asynchronous reward on the environments' loop, because their clients are bound to that loop."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
 
 def _scored(
     reward: Any, environments: Sequence[Any], columns: Mapping[str, Sequence[Any]], state: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """One call's answer, whose failures are those of seats that are lost, and those that the reward had."""
+    """Call a reward and return its answer. Failures are the seats that are lost, and the failures of the reward."""
     there = [place for place, environment in enumerate(environments) if environment is not None]
     if not there:
         return failed(len(environments), GONE)
@@ -64,7 +67,7 @@ def _scored(
 
 
 def failed(count: int, error: str, kind: str = "error", seconds: float = 0.0, fatal: bool = False) -> dict[str, Any]:
-    """The answer of a call that failed for all of its completions."""
+    """Return the answer of a call that failed for all of its `count` completions."""
     failures = dict.fromkeys(range(count), error)
     told = {"seconds": seconds, "kind": kind, "fatal": fatal}
     return {"values": [None] * count, "failures": failures, "extras": {}, "metrics": {}, **told}

@@ -1,4 +1,4 @@
-"""What other threads send to a coroutine that takes its turns with the generator."""
+"""A queue through which other threads send items to a coroutine of the scheduler."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Letter = TypeVar("Letter")
 
 
 class Inbox(Generic[Letter]):
-    """One job takes from it, in the order in which things came.
+    """A first-in, first-out queue with one reader, which is a job of the scheduler.
 
-    While the inbox is `patient`, nothing that decodes is held up for what may still come. It is for jobs of which a row
-    decodes: whoever sends waits for that row, so there is nothing to be punctual about.
+    While the inbox is `patient`, decoding does not pause for items that may still come. Set it while a row of the job
+    decodes: the sender waits for that row, so no item can be due.
     """
 
     def __init__(self, jobs: Scheduler) -> None:
@@ -35,7 +35,7 @@ class Inbox(Generic[Letter]):
             self._gate.patient = patient
 
     def put(self, item: Letter) -> bool:
-        """Send something, from any thread. Returns whether the inbox is still open: otherwise nobody will take it."""
+        """Add an item, from any thread. Returns False, and drops the item, if the inbox is closed."""
         with self._lock:
             if self._closed:
                 return False
@@ -45,7 +45,7 @@ class Inbox(Generic[Letter]):
             return True
 
     async def next(self) -> Letter:
-        """The next thing, once it has come."""
+        """Wait for the next item and return it."""
         with self._lock:
             if self._items:
                 return self._items.popleft()
@@ -56,7 +56,7 @@ class Inbox(Generic[Letter]):
             return self._items.popleft()
 
     def close(self) -> list[Letter]:
-        """Take nothing any more. Returns what had come and was not taken."""
+        """Close the inbox. Returns the items that were not read."""
         with self._lock:
             self._closed = True
             left = list(self._items)

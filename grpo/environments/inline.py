@@ -1,6 +1,7 @@
-"""A home in the trainer's own process, for classes and functions that were given from Python as objects.
+"""A home in the trainer's own process, for classes and functions that were passed from Python as objects.
 
-Calls have time limits here too, but nothing can end a call that hangs, nor survive a crash: its thread is abandoned.
+Calls have time limits here too. But a call that hangs cannot be ended (its thread is abandoned), and a crash ends the
+trainer.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from grpo.errors import UserError
 
 
 class InlineHome(Home):
-    """Makes the first objects at once, in a thread."""
+    """Starts to create the first objects immediately, in a thread."""
 
     holds_objects = True
 
@@ -44,7 +45,7 @@ class InlineHome(Home):
     async def _start(self, name: str | None) -> None:
         try:
             self.hello = await asyncio.to_thread(self._chairs.hello, name)
-        except Exception as error:  # whatever looking at other people's objects may raise
+        except Exception as error:  # inspecting user objects may raise anything
             self.problem = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             self.lose(Reply("crash", error=self.problem))
         self.ready.set()

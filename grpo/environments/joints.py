@@ -1,4 +1,4 @@
-"""The test of a chat template before the first rollout: what ends a turn, and whether a conversation can go on."""
+"""Tests a chat template before the first rollout: which token ends a turn, and whether messages can follow it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from grpo.environments.thinking import Thinking
 from grpo.errors import UserError
 from grpo.types import Message
 
-WAYS_OUT = "use a model whose template can (Qwen2.5, Qwen3, Llama 3.1, GLM-4.5, gpt-oss: they can)"
+WAYS_OUT = "use a model whose template supports this (Qwen2.5, Qwen3, Llama 3.1, GLM-4.5, and gpt-oss do)"
 RESULT = "wvyqpz"
 THOUGHT = "hgbnmw"
 
@@ -20,12 +20,12 @@ THOUGHT = "hgbnmw"
 class Joint:
     """How messages of one kind follow a turn.
 
-    end       the token that ends a turn in the rendered conversation, as text
-    sampled   the tokens, any of which the model must have ended its turn with
-    kept      whether earlier thinking stays, that the template would leave out
-    moves     whether the template would write a system message elsewhere than it stood in the prompt
-    ids       whether the template says of a tool's result which call it is of
-    calls     which of a turn's calls the template writes
+    end       the text of the token that ends a turn in the rendered conversation
+    sampled   ids of the tokens with which the model may end its turn so that messages can follow
+    kept      whether the conversation keeps earlier thinking that the template would leave out
+    moves     whether the template would move a system message from its place in the prompt
+    ids       whether the template writes the id of the call next to a tool's result
+    calls     which calls of a turn the template writes
     """
 
     end: str
@@ -37,7 +37,7 @@ class Joint:
 
 
 def joint_of(template: Template, role: str, thinking: Thinking | None) -> Joint:
-    """How messages of a role follow a turn. Raises UserError where they cannot."""
+    """Return how messages of a role follow a turn. Raises UserError if they cannot."""
     name = template.tools[0]["function"]["name"] if template.tools else "tool"
     one: Message = {"role": role, "content": RESULT, **({"name": name} if role == "tool" else {})}
     two = [one, {**one, "content": RESULT[::-1]}] if role == "tool" else [one]
@@ -55,7 +55,7 @@ def joint_of(template: Template, role: str, thinking: Thinking | None) -> Joint:
 
 
 def _calls(template: Template, results: Sequence[Message]) -> Calls:
-    """Which of the calls before these results the template writes."""
+    """Return which of the calls before these results the template writes."""
     ways: tuple[Calls, ...] = ("all", "first")
     for way in ways:
         calling = before(results, way)
@@ -65,18 +65,19 @@ def _calls(template: Template, results: Sequence[Message]) -> Calls:
 
 
 def _ends(template: Template, last: str, text: str, role: str) -> tuple[str, frozenset[int]]:
-    """The token that ends a turn which others follow, and those that the model may end it with.
+    """Return the token that ends a turn when messages follow it, and the tokens with which the model may end it.
 
-    Most templates write the same token after a last turn; gpt-oss writes another, and the model samples that.
+    Most templates write the same token after the last turn. gpt-oss writes a different token there, and the model
+    samples that token.
     """
     if MARK not in text or MARK not in last:
-        raise UserError(f"the model's chat template leaves out what the model said: {WAYS_OUT}")
+        raise UserError(f"the model's chat template leaves out the model's own turns: {WAYS_OUT}")
     inner = text[: text.index(RESULT)] if RESULT in text else text
     found, final = (template.end_in(one, one.index(MARK)) for one in (inner, last))
     if found is None:
         raise UserError(
-            f"the model's chat template ends a turn with no special token, before a message of role {role}: where a "
-            f"turn ends is not certain then; {WAYS_OUT}"
+            f"the model's chat template writes no special token between a turn and a message of role {role}, so the "
+            f"end of the turn is ambiguous: {WAYS_OUT}"
         )
     ends = {found[0]: template.special[found[0]]}
     if final is not None and ends[found[0]] not in template.stop_ids:
@@ -85,7 +86,7 @@ def _ends(template: Template, last: str, text: str, role: str) -> tuple[str, fro
     if not sampled:
         ids = sorted(ends.values())
         raise UserError(
-            f"the model's chat template ends a turn with {found[0]}, where sampling does not stop: set "
+            f"the model's chat template ends a turn with {found[0]}, but sampling does not stop at this token: set "
             f"rollout.stop_token_ids: {ids}"
         )
     return found[0], sampled
@@ -94,12 +95,15 @@ def _ends(template: Template, last: str, text: str, role: str) -> tuple[str, fro
 def _check_shown(suffix: str, messages: Sequence[Message], role: str) -> None:
     if missing := [message["content"] for message in messages if message["content"] not in suffix]:
         what = "the results of tools" if role == "tool" else f"a message of role {role}"
-        which = "" if len(missing) == len(messages) else " where there are several"
+        which = "" if len(missing) == len(messages) else " if there are several"
         raise UserError(f"the model's chat template leaves out {what}{which}: {WAYS_OUT}")
 
 
 def _check_prefix(template: Template, last: str, head: str, role: str, thinking: Thinking | None) -> None:
-    """Whether what came before a turn, and the turn, stay as they were when messages follow."""
+    """Raise UserError if the template changes a turn, or the text before it, when messages follow.
+
+    Differences in thinking and in blanks are allowed.
+    """
     final = template.end_in(last, last.index(MARK))
     begun = last if final is None else last[: final.start()]
     if begun == head:
@@ -108,9 +112,9 @@ def _check_prefix(template: Template, last: str, head: str, role: str, thinking:
         return
     same = len(shared(begun, head))
     raise UserError(
-        f"the model's chat template changes what came before when a message of role {role} follows: after "
+        f"the model's chat template changes earlier text when a message of role {role} follows: after "
         f"{begun[max(0, same - 30) : same]!r} comes {head[same : same + 30]!r} instead of {begun[same : same + 30]!r}. "
-        f"Tokens that were sampled would then be others; {WAYS_OUT}"
+        f"The conversation would no longer hold the tokens that were sampled: {WAYS_OUT}"
     )
 
 
@@ -119,7 +123,7 @@ def _bare(thinking: Thinking, text: str) -> str:
 
 
 def _moves_system(template: Template, messages: Sequence[Message], calls: Calls) -> bool:
-    """Whether a system message stands elsewhere, or nowhere, when these messages follow a turn."""
+    """Whether the template moves or drops a system message when these messages follow a turn."""
     said = [{"role": "system", "content": THOUGHT}, *before(messages, calls)]
     if not template.takes(said):
         return False
@@ -129,17 +133,17 @@ def _moves_system(template: Template, messages: Sequence[Message], calls: Calls)
 
 
 def _check_cut(template: Template, end: str, text: str, at: int) -> None:
-    """Whether the tokens after an end of turn are the same without what comes before it."""
+    """Raise UserError if the tokens after an end of turn depend on the text before it."""
     whole, suffix = template.encode(text), list(template.encode_after(end, text[at + len(end) :]))
     if whole[-len(suffix) - 1 :] != [template.special[end], *suffix]:
         raise UserError(
-            f"the tokens after {end} depend on what comes before it in this model's tokenizer, so that a conversation "
-            "cannot go on with the tokens that its chat template means; use another model"
+            f"in this model's tokenizer the tokens after {end} depend on the text before it, so a conversation cannot "
+            "continue with the tokens of its chat template: use another model"
         )
 
 
 def _drops(template: Template, messages: Sequence[Message], calls: Calls) -> bool:
-    """Whether the template renders the thinking of a last turn, and no longer when these messages follow."""
+    """Whether the template renders the thinking of the last turn, but leaves it out when these messages follow."""
     thought = before(messages, calls, reasoning_content=THOUGHT, thinking=THOUGHT)
     if THOUGHT not in template.render(thought, generation=False):
         return False

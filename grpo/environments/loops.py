@@ -1,4 +1,4 @@
-"""Event loops in threads of their own, which end without a complaint."""
+"""Event loops in separate threads, with a clean shutdown."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import contextlib
 import threading
 
 SECONDS = 0.5
-"""For what still waits on a loop to end, once it is cancelled."""
+"""How long to wait for a loop's canceled tasks to end."""
 
 
 def run_in_thread(name: str) -> tuple[asyncio.AbstractEventLoop, threading.Thread]:
-    """A loop that runs until `stop`, and its thread. The thread does not keep Python from ending."""
+    """Start a loop that runs until `stop`, in a daemon thread. Returns the loop and the thread."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=_run, args=[loop], name=name, daemon=True)
     thread.start()
@@ -19,10 +19,10 @@ def run_in_thread(name: str) -> tuple[asyncio.AbstractEventLoop, threading.Threa
 
 
 def stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread, seconds: float | None = None) -> None:
-    """Stop a loop, and wait until its thread has ended, for at most `seconds`. Stopping again does nothing."""
-    with contextlib.suppress(RuntimeError):  # it is closed
+    """Stop a loop, and wait for at most `seconds` until its thread has ended. May be called more than once."""
+    with contextlib.suppress(RuntimeError):  # the loop is closed
         loop.call_soon_threadsafe(loop.stop)
-    if thread is not threading.current_thread():  # a finalizer runs in any thread
+    if thread is not threading.current_thread():  # a finalizer may run in any thread
         thread.join(seconds)
 
 

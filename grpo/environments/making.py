@@ -1,4 +1,4 @@
-"""A host as a recipe has it: in worker processes, or in this one for what was given from Python as objects."""
+"""Creates a recipe's host: in worker processes, or in this process for objects that were passed from Python."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from grpo.processes.sandbox.worker import Sandbox
 from grpo.processes.variables import environment, named_variables, with_hint
 
 Named = tuple[Located, Mapping[str, Any]]
-"""Where a class or function is, and the recipe's arguments for it."""
+"""The place of a class or function, and the recipe's arguments for it."""
 ALONE = "tools"
-"""The name of a host with tools alone."""
+"""The name of a host that has only tools."""
 LATE = " (environment.rollout_timeout)"
-BLOCKED = f"{LATE}; one that is async and blocks (time.sleep, a client that is not async) holds up its whole process"
-"""What to say of agents that take too long: of programs, and of functions, many of which share a process."""
+BLOCKED = f"{LATE}; an async agent that blocks (time.sleep, a client that is not async) blocks its whole process"
+"""What to add to the timeout error of an agent: `LATE` for programs, `BLOCKED` for functions, which share a process."""
 
 
 def make_host(
@@ -44,13 +44,13 @@ def make_host(
     functions: Sequence[Function | None] = (),
     rewards: Sequence[Path] = (),
 ) -> EnvironmentHost:
-    """The host of an environment and the tools beside it; its processes are started, and not waited for.
+    """Create the host of an environment and its tools. The host starts its processes, and does not wait for them.
 
-    `several`: the dataset's column `environment` chooses among several of them. `workers` is how many processes there
-    are if `config` does not say. `given` is the environment's class or function and `functions` those of the tools, if
-    they were given as objects (None: the recipe names it): then all live in this process. `rewards` are files that the
-    sandbox shows, too. Raises UserError for names that mean nothing, for variables in `env` that are not set, and where
-    there is no sandbox for `config.sandbox`.
+    `several`: the dataset's column `environment` selects among several environments. `workers` is the number of
+    processes if `config` does not set it. `given` is the class or function of the environment, and `functions` those of
+    the tools, if they were passed as objects (None: the recipe names it); then all of them live in this process.
+    `rewards` are further files that the sandbox can read. Raises UserError for names that cannot be found, for
+    variables in `env` that are not set, and if `config.sandbox` is set but there is no sandbox.
     """
     located = _located(config)
     what = ALONE if located is None else f"{located.what} {located.name!r}"
@@ -65,7 +65,8 @@ def make_host(
         return _in_processes(config, terms, None if located is None else (located, config.kwargs), named, rewards)
     if config.sandbox:
         raise UserError(
-            f"{what}: sandbox: objects given from Python live in this process. Name all in files or modules"
+            f"{what}: objects passed from Python live in this process and cannot be sandboxed: with sandbox, name the "
+            "environment and all tools by file or module"
         )
     objects = [*functions, *[None] * (len(tools) - len(functions))]
     makers = [
@@ -79,19 +80,19 @@ def make_host(
 
 
 def limits_of(config: EnvironmentConfig) -> ConversationLimits:
-    """What ends a conversation early, by the recipe."""
+    """Return the recipe's limits that end a conversation early."""
     return ConversationLimits(config.max_turns, config.max_tool_calls, config.max_turn_tokens, config.rollout_timeout)
 
 
 def _located(config: EnvironmentConfig) -> Located | None:
-    """What the section names. A command is in no file of Python's."""
+    """Return the name and place of what the section names; None if it names nothing. A command's place is empty."""
     if config.what is None:
         return None
     return Located(config.called, config.use or config.agent or "", "agent" if config.is_agent else "environment")
 
 
 def _loadable(config: EnvironmentConfig, located: Located) -> Located | AgentAt | ProgramAt:
-    """What makes, where it is loaded, the object that a process has for a conversation."""
+    """Return the object whose `load` gives, in the worker process, the maker of a conversation's object."""
     if config.command is not None:
         return ProgramAt(config.command)
     return AgentAt(located.absolute()) if config.agent is not None else located.absolute()
@@ -112,7 +113,7 @@ def _in_processes(
     if config.sandbox:
         sandbox = Sandbox.of(terms.what, [Path(located.file) for located, _ in named if located.file], rewards)
     setup = {
-        "path": [os.path.abspath(entry) for entry in sys.path],  # the sandbox has a working directory of its own
+        "path": [os.path.abspath(entry) for entry in sys.path],  # the sandbox has its own working directory
         "name": config.called if config.is_agent else config.name,
         "environment": made and (_loadable(config, made[0]), made[1]),
         "tools": [(located.absolute(), kwargs) for located, kwargs in tools],
@@ -128,7 +129,7 @@ def _in_processes(
 
 
 def _without_proxy(variables: Mapping[str, str]) -> dict[str, str]:
-    """Variables by which HTTP clients ask this machine itself without the proxy that others may have to go through."""
+    """Variables that make HTTP clients connect to this machine without a proxy."""
     return {
         name: ",".join(filter(None, [variables.get(name, ""), "127.0.0.1", "localhost"]))
         for name in ("NO_PROXY", "no_proxy")
@@ -136,7 +137,8 @@ def _without_proxy(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def _variables(what: str, env: Sequence[str], named: Sequence[Named]) -> dict[str, str]:
-    """The variables of the processes. Sets have the same order in all of them, or a resumed run would be another."""
+    """The environment variables of the processes. The hash seed is fixed, so that the order of sets, and with it a
+    resumed run, is reproducible."""
     try:
         seen = {name for located, kwargs in named for name in named_variables(env, located.where, kwargs)}
     except UserError as error:

@@ -1,4 +1,4 @@
-"""The prompt of a conversation: the dataset's, and what the environment's `reset` adds to it."""
+"""The prompt of a conversation: the dataset's prompt, and the text that the environment's `reset` adds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from grpo.types import Message, Prompt, Task
 
 
 def messages_of(prompt: Prompt, system: str | None = None) -> list[Message]:
-    """A dataset's prompt as messages. `system` comes before text; messages have it already."""
+    """Return a dataset's prompt as messages. `system` precedes a text prompt; prompts of messages already have it."""
     if not isinstance(prompt, str):
         return list(prompt)
     before = [] if system is None else [{"role": "system", "content": system}]
@@ -19,7 +19,7 @@ def messages_of(prompt: Prompt, system: str | None = None) -> list[Message]:
 
 
 def with_added(messages: Sequence[Message], added: Content) -> tuple[Message, ...]:
-    """The messages with more behind the last one's content: text directly, and blocks after its blocks."""
+    """Return the messages with `added` at the end of the last message: text joins text, and blocks follow blocks."""
     *before, last = messages
     content = last["content"]
     if isinstance(added, str) and isinstance(content, str):
@@ -32,10 +32,10 @@ def _blocks(content: Content) -> list[dict[str, Any]]:
 
 
 def begun_with(task: Task) -> dict[str, Any]:
-    """The columns that `reset` is called with."""
+    """Return the columns with which `reset` is called."""
     return {"prompt": task.prompt, **task.columns}
 
 
 def seed_of(seed: int, task: Task, sample: int) -> int:
-    """The seed of an environment, by the run's: the same whenever this sample of this row is played."""
+    """Return an environment's seed, derived from the run's seed. It depends only on the dataset row and the sample."""
     return derive_seed(seed, f"environment:{task.source}", task.index, sample)

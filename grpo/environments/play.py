@@ -1,4 +1,4 @@
-"""One conversation: the model's turns, and what its environment and its tools answer to them."""
+"""One conversation: the model's turns, and the answers of its environment and tools."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ from grpo.types import Conversation, Failure, FinishReason, Message, Trajectory
 
 
 class ChatCodec(Protocol):
-    """How messages become tokens, and the model's tokens a message. See `grpo.environments.chat`."""
+    """Converts messages to tokens, and the model's tokens to messages. See `grpo.environments.chat`."""
 
     def prompt_ids(self, messages: Sequence[Message]) -> Sequence[int]:
-        """The tokens of a prompt, up to where the model begins to answer. Raises UserError as `suffix_ids` does."""
+        """Return the tokens of a prompt, up to the model's answer. Raises UserError as `suffix_ids` does."""
         ...
 
     def parse(self, token_ids: Sequence[int]) -> Message:
-        """The assistant's message of one turn, its last token included; with `tool_calls` if tools are called in it."""
+        """Parse the tokens of a turn, including its last token, into the assistant's message, with any `tool_calls`."""
         ...
 
     def can_follow(self, role: str, turn_ids: Sequence[int]) -> bool:
-        """Whether messages of this role can follow a turn that ended as these tokens do."""
+        """Whether messages of this role can follow a turn with these tokens."""
         ...
 
     def suffix_ids(self, turn_ids: Sequence[int], messages: Sequence[Message]) -> Sequence[int] | None:
-        """The tokens between a turn and the model's next, with these messages; None if none can follow.
+        """Return the tokens, with these messages, between a turn and the model's next turn; None if none can follow.
 
-        Raises UserError for messages that cannot be written down.
+        Raises UserError for messages that cannot be encoded.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Table:
-    """Who sits at a conversation: the environment's host, and how the model talks to it.
+    """What a conversation needs: the environment's host, and how the model talks to it.
 
-    With `anew` a conversation goes on in a new row where the chat template writes what came before otherwise, once the
-    user has answered; without it all turns are in one row. With `keeps_seats` a conversation has its seat as `home`
-    until it is scored, and whoever scores releases it. `tell` is called with the prompt and with what was said, as soon
-    as it was.
+    With `anew`, a conversation continues in a new row when, after a user's message, the chat template writes earlier
+    text differently; without it, all turns are in one row. With `keeps_seats`, a conversation keeps its seat as `home`
+    until it is scored, and the scorer releases the seat. `tell` is called with the prompt and the new messages as soon
+    as they exist.
     """
 
     host: Host
@@ -64,19 +64,19 @@ class Table:
 
     @cached_property
     def description(self) -> Description:
-        """The host's, asked for once."""
+        """The host's description."""
         return self.host.description
 
 
 class _BrokenOffError(Exception):
-    """The conversation cannot go on, for this reason."""
+    """The conversation cannot continue, for this reason."""
 
     def __init__(self, reason: FinishReason) -> None:
         self.reason = reason
 
 
 class Play:
-    """A conversation on its way. `prompt` has the messages before the first turn."""
+    """A conversation in progress. `prompt` has the messages before the first turn."""
 
     def __init__(self, table: Table, seat: Seat, sampler: Sampler, prompt: Sequence[Message]) -> None:
         self.table, self.seat, self.sampler, self.prompt = table, seat, sampler, tuple(prompt)
@@ -93,11 +93,11 @@ class Play:
 
     @property
     def lasting(self) -> Sequence[int]:
-        """The tokens that all rows of the conversation will begin with."""
+        """The tokens with which all rows of the conversation begin."""
         return self.prompt_ids if self.table.anew is None else self._lasting
 
     async def reset(self, columns: Mapping[str, Any], seed: int, longest: int) -> None:
-        """Let the environment begin, and add to the prompt what it returns. A prompt may have `longest` tokens."""
+        """Reset the environment, and add what it returns to the prompt, which may have at most `longest` tokens."""
         try:
             reply = await self._reply(self.seat.reset(columns, seed))
             if reply.value is not None:
@@ -108,13 +108,13 @@ class Play:
         except _BrokenOffError:
             return
         if (length := len(self.prompt_ids)) > longest:
-            said = f"the prompt has {length:,} tokens after reset, and data.max_prompt_length is {longest:,}"
+            said = f"the prompt has {length:,} tokens after reset, but data.max_prompt_length is {longest:,}"
             self.failure = Failure("error", said)
 
     async def play(self, row: Row) -> Trajectory:
-        """Take turns until the conversation ends, and ask the environment for its reward."""
+        """Play turns until the conversation ends, and then call the environment's `get_reward` if it has one."""
         self._row = row
-        if self.failure is not None:  # it has no turn
+        if self.failure is not None:  # `reset` failed, so there is no turn
             return self._result("failed")
         if (limit := self.table.limits.rollout_timeout) is not None:
             self._until = time.monotonic() + limit
@@ -128,7 +128,7 @@ class Play:
         return self._result(reason)
 
     def leave(self) -> None:
-        """Give the seat back, once."""
+        """Release the seat, unless this was done before."""
         if not self._left:
             self._left = True
             self.seat.release()
@@ -139,7 +139,7 @@ class Play:
             self.table.tell(self.prompt, messages)
 
     async def _turns(self) -> FinishReason:
-        """Why the conversation ends, as far as it is not broken off."""
+        """Play all turns, and return why the conversation ended. Raises _BrokenOffError if it cannot continue."""
         chat, most = self.table.chat, self.table.limits.max_turns
         while True:
             row = self._row
@@ -155,7 +155,7 @@ class Play:
             if len(self._turn_rewards) == most:
                 self._end = self._end or "max_turns"
             suffix = () if self._end else self._written(chat.suffix_ids, row.turn, answers)
-            if len(suffix) > row.room:  # with a token after it: it is as if it had not been said
+            if len(suffix) > row.room:  # no room for the answer and a token after it: drop the answer
                 return "length"
             anew = self._anew(answers, suffix) if suffix else None
             if anew is not None and self._room_after(anew, suffix) < 1:
@@ -169,7 +169,7 @@ class Play:
                 self._begin_anew(anew, suffix)
 
     def _anew(self, answers: Sequence[Message], suffix: Sequence[int]) -> Sequence[int] | None:
-        """The prompt of a new row, if the model is not to read what came before as its tokens are."""
+        """Return the prompt of a new row, if the template writes the conversation otherwise than in the current row."""
         if (anew := self.table.anew) is None or all(one["role"] == "tool" for one in answers):
             return None
         prompt_ids = self._written(anew.prompt_ids, self.prompt, [*self._messages, *answers])
@@ -177,14 +177,17 @@ class Play:
         if tuple(prompt_ids) == (*shared, *self._row.token_ids, *suffix):
             return None
         if tuple(prompt_ids[: len(shared)]) != shared:
-            why = "the model's chat template changes how a prompt begins as the conversation goes on"
+            why = "the model's chat template changes how a prompt begins as the conversation continues"
             self.failure = Failure("error", f"{why}: use thinking: keep")
             raise _BrokenOffError("failed")
         return prompt_ids
 
     def _room_after(self, prompt_ids: Sequence[int], suffix: Sequence[int]) -> int:
-        """The most tokens that a new row may have: what is left of the limit for the conversation, to which all counts
-        that was sampled and that was said in between, or what the new row reads of it again if that is more."""
+        """Return the maximum number of tokens of a new row.
+
+        This is the completion limit minus the length of the conversation so far: all sampled tokens and the messages
+        between them, or the part of them that the new row reads again if that is longer.
+        """
         again = len(prompt_ids) - len(self.prompt_ids)
         return min(self._row.longest - len(self._row.token_ids) - len(suffix), self.sampler.longest - again)
 
@@ -195,7 +198,7 @@ class Play:
         self._row = self.sampler.begin_anew(row, prompt_ids, room)
 
     async def _answers(self, message: Message) -> list[Message]:
-        """What is said in return to a turn."""
+        """Return the environment's messages in answer to a turn."""
         if calls := message.get("tool_calls"):
             most = self.table.limits.max_tool_calls
             allowed = len(calls) if most is None else most - self._calls
@@ -210,7 +213,8 @@ class Play:
         return _messages_of(reply.value)
 
     async def _call(self, function: Mapping[str, Any]) -> Message:
-        """The message with a tool's result. A tool that fails says so in it, and the conversation goes on."""
+        """Call a tool and return the message with its result, or with its error. The conversation continues after an
+        error."""
         name = function["name"]
         self._calls += 1
         reply = self._counted(await self._reply(self.seat.call(name, function["arguments"]), goes_on=True))
@@ -220,7 +224,7 @@ class Play:
         return {"role": "tool", "name": name, "content": "" if reply.value is None else reply.value}
 
     async def _rewarded(self, reason: FinishReason) -> FinishReason:
-        """Ask for the environment's reward. Why the conversation ended: `failed` if that fails."""
+        """Call the environment's `get_reward`. Returns `reason`, or another stop reason if the call fails."""
         self._until = None
         try:
             self._outcome = (await self._reply(self.seat.reward())).value
@@ -229,7 +233,7 @@ class Play:
         return reason
 
     async def _reply(self, called: Future[Reply], goes_on: bool = False) -> Reply:
-        """What a call came to. A lost seat breaks the conversation off; so does an error, unless it `goes_on`."""
+        """Wait for the reply to a call. A lost seat ends the conversation, and so does an error unless `goes_on`."""
         try:
             reply = await self.sampler.outside(called, self._until)
         except TimeIsUpError:
@@ -241,7 +245,8 @@ class Play:
         return reply
 
     def _written(self, write: Callable[..., Sequence[int] | None], *given: Any) -> Sequence[int]:
-        """The tokens of what an environment said, none if it cannot follow. It fails if it cannot be written down."""
+        """Encode an environment's messages. Empty if they cannot follow; the conversation fails if they cannot be
+        encoded."""
         try:
             return write(*given) or ()
         except UserError as error:
@@ -249,7 +254,7 @@ class Play:
             raise _BrokenOffError("failed") from error
 
     def _counted(self, reply: Reply) -> Reply:
-        """The same reply, its reward added to the turn's."""
+        """Add the reply's reward to the turn's reward, note `done`, and return the reply."""
         if reply.reward is not None:
             self._turn_rewards[-1] = (self._turn_rewards[-1] or 0.0) + reply.reward
         if reply.done:
@@ -275,7 +280,7 @@ class Play:
 
 
 def _messages_of(said: Any) -> list[Message]:
-    """What `step` answered, as messages: of text the user's, of None none."""
+    """Return what `step` answered as messages: text becomes a user's message, and None an empty list."""
     if said is None:
         return []
     if isinstance(said, str):

@@ -1,4 +1,4 @@
-"""A home that is a worker process: started, read from, ended with all that it has started."""
+"""A home in a worker process, which is ended together with all processes that it has started."""
 
 from __future__ import annotations
 
@@ -22,17 +22,23 @@ from grpo.processes.sandbox.worker import Sandbox
 
 SCRIPT = Path(__file__).with_name("worker.py")
 START_SECONDS = 120.0
-"""The files of environments may import what they like; after this they count as hung."""
+"""Time limit for starting a process: environment files may import large libraries, but not hang."""
 
 _LENGTH = struct.Struct("!Q")
 _NOISE = (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
-"""What comes of a process that is gone, and of reading a message that anything may have been written into."""
+"""Errors of a process that is gone, and of parsing a message into which user code may have written anything."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessTerms:
-    """How a process is started: its first message, its variables, the memory that it may hold, the sandbox; and
-    whether it runs agents."""
+    """How to start a process.
+
+    setup      the first message, pickled
+    variables  its environment variables
+    memory_gb  its memory limit in GB; None: no limit
+    sandbox    the sandbox in which it runs, if any
+    agents     whether it runs agents
+    """
 
     setup: bytes
     variables: Mapping[str, str]
@@ -45,7 +51,7 @@ class ProcessTerms:
 
 
 class ProcessHome(Home):
-    """Starts its process at once, and does not wait for it."""
+    """Starts its process immediately, and does not wait for it."""
 
     def __init__(self, terms: ProcessTerms, output: Output) -> None:
         super().__init__()
@@ -54,7 +60,7 @@ class ProcessHome(Home):
         self._process: ChildProcess | None = None
         try:
             self._process = terms.start(output)
-        except OSError as error:  # too many processes or descriptors on this machine: the seats are lost, not the run
+        except OSError as error:  # too many processes or descriptors on this machine: lose the seats, not the run
             self.problem = f"its process cannot be started: {error}"
             self.lose(Reply("crash", error=self.problem))
             return
@@ -77,7 +83,7 @@ class ProcessHome(Home):
         await asyncio.to_thread(self._process.kill)
 
     async def _read(self, process: ChildProcess) -> None:
-        """Read what it says, until it ends; then say how it ended."""
+        """Read the process's messages until it ends; then report how it ended."""
         when = "when imported"
         try:
             reader, self._writer = await asyncio.open_connection(sock=process.channel)
@@ -92,12 +98,12 @@ class ProcessHome(Home):
             when = "while agents ran in it" if self._terms.agents else "in a call"
             while True:
                 self.answered(await _receive(reader))
-        except TimeoutError:  # an OSError, too
+        except TimeoutError:  # before `_NOISE`, because TimeoutError is an OSError
             self._disconnect()
             self.problem = await asyncio.to_thread(killed, process, START_SECONDS, when)
             await self._over(process, Reply("crash", error=self.problem))
         except _NOISE as error:
-            if not threading.main_thread().is_alive():  # Python ends, and the process was ended because of it
+            if not threading.main_thread().is_alive():  # Python is exiting, which ended the process
                 return
             self._disconnect()
             memory_gb = self._terms.memory_gb
@@ -111,14 +117,15 @@ class ProcessHome(Home):
         await asyncio.to_thread(process.kill)
 
     def _disconnect(self) -> None:
-        """Speak to it no more, before its process is ended: that closes a descriptor which the loop still watches."""
+        """Close the connection. Call this before killing the process: the kill closes a descriptor that the loop would
+        otherwise still watch."""
         self.gone = True
         if self._writer is not None:
             self._writer.transport.abort()
 
 
 async def _receive(reader: asyncio.StreamReader) -> Any:
-    """The next message. Raises EOFError if the other end is gone."""
+    """Return the next message. Raises EOFError if the connection is closed."""
     (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
     if length > LONGEST:
         raise ValueError(f"a message of {length} bytes")

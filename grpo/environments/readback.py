@@ -1,4 +1,4 @@
-"""The test of a chat template's tool calls: it shows the tools to the model, and what it writes is read back."""
+"""Tests a chat template's tool calls: it must show the tools to the model, and grpo must parse the calls it writes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from grpo.types import Message
 
 
 def format_of(template: Template, thinking: Thinking | None, instead: str = "") -> CallFormat | None:
-    """How calls are written: the first format that reads back what the template writes. None if it shows no channels
-    and there are no tools.
+    """Return the first format that reads back the tool calls that the template writes.
 
-    Raises UserError where the template does not show the tools, or no format reads its calls. `instead` is what else
-    can be done where it shows none.
+    Without tools, this is the gpt-oss format if the tokenizer has channels, or else None. Raises UserError if the
+    template does not show the tools, or if no format reads its calls. `instead` is an alternative for the first error.
     """
     inferred = _of_mlx_lm(template)
     if not template.tools:
         return HARMONY if {"<|channel|>", "<|message|>"} <= set(template.special) else None
     _check_tools_shown(template, instead)
     examples = [_example(tool) for tool in template.tools]
-    others = [replace(template, tools=(tool,)) for tool in template.tools[1:]]  # all of them each time took seconds
+    others = [replace(template, tools=(tool,)) for tool in template.tools[1:]]  # rendering all tools took seconds
     shown = [template, *others]
     for one in [*inferred, *FORMATS]:
         if all(_reads_back(own, one, thinking, [call]) for own, call in zip(shown, examples, strict=True)):
@@ -40,7 +39,7 @@ def format_of(template: Template, thinking: Thinking | None, instead: str = "") 
 
 
 def takes_several(template: Template, form: CallFormat, thinking: Thinking | None) -> bool:
-    """Whether two calls in a turn are written, and read back, as far as calls are."""
+    """Whether the template writes, and the format reads back, two calls in a turn. True if it writes no calls."""
     calls = [_example(tool) for tool in (template.tools[0], template.tools[-1])]
     if not _writes(template, calls[0]):
         return True
@@ -59,8 +58,8 @@ def _check_tools_shown(template: Template, instead: str) -> None:
     text = template.render([QUESTION], generation=True)
     if hidden := [name for name in (tool["function"]["name"] for tool in template.tools) if name not in text]:
         raise UserError(
-            f"the model's chat template does not tell the model of tools: {hidden[0]!r} is not in its prompt. Use a "
-            f"model whose template does (Qwen2.5, Qwen3, Llama 3.1, GLM-4.5 and gpt-oss have such){instead}"
+            f"the model's chat template does not show tools to the model: {hidden[0]!r} is not in its prompt. Use a "
+            f"model whose template does (such as Qwen2.5, Qwen3, Llama 3.1, GLM-4.5, or gpt-oss){instead}"
         )
 
 
@@ -70,16 +69,16 @@ def _calling(calls: Sequence[dict[str, Any]]) -> list[Message]:
 
 
 def _written(template: Template, calls: Sequence[dict[str, Any]]) -> tuple[str, str]:
-    """The turn that makes these calls as the template writes it, and what leads to it."""
+    """Return the turn with these calls as the template writes it, and the text before the turn."""
     prompt = template.encode(template.render([QUESTION], generation=True))
     whole = template.encode(template.render(_calling(calls), generation=False))
-    begin = len(shared(prompt, whole))  # of tokens: two marks may begin with the same letters
+    begin = len(shared(prompt, whole))  # compare tokens, because two marks may begin with the same letters
     end = next((i for i in range(begin, len(whole)) if whole[i] in template.stop_ids), len(whole))
     return template.decode(whole[begin:end]), template.decode(whole[:begin])
 
 
 def _writes(template: Template, call: dict[str, Any]) -> bool:
-    """Whether the template writes calls: LFM2's leaves them to what the model said."""
+    """Whether the template writes calls. LFM2's template does not: it expects calls in the turn's text."""
     return call["name"] in _written(template, [call])[0]
 
 
@@ -104,7 +103,7 @@ EXAMPLES: dict[str, Any] = {
 
 
 def _example(tool: Any) -> dict[str, Any]:
-    """A call of a tool, with an argument of each of its parameters."""
+    """Return an example call of a tool, with an argument for each parameter."""
     function = tool["function"]
     properties = (function.get("parameters") or {}).get("properties")
     arguments = {name: _value(schema) for name, schema in properties.items()} if isinstance(properties, Mapping) else {}
@@ -112,7 +111,7 @@ def _example(tool: Any) -> dict[str, Any]:
 
 
 def _value(schema: Any) -> Any:
-    """A value of what a schema asks for; a text where the schema, which may be a client's, says nothing of a type."""
+    """Return a value that fits a schema; a string if the schema, which may come from a client, has no type."""
     if not isinstance(schema, Mapping):
         return "x"
     if isinstance(schema.get("enum"), list) and schema["enum"]:

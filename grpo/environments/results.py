@@ -1,4 +1,4 @@
-"""What the code of an environment or a tool returned or raised, as a reply that can be sent and stored."""
+"""Converts what the code of an environment or tool returned or raised to a reply that can be sent and stored."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from grpo.environments.seats import Reply
 from grpo.errors import UserError
 
 LONGEST = 1_000_000
-"""Characters of a result. A longer one is an error: no model reads it, and it would be stored with every completion."""
+"""Longest result, in characters. A longer result is an error: no model could read it, and every completion would store
+it."""
 LONGEST_MESSAGE = 10_000
-"""Characters of an exception's message."""
+"""Longest exception message, in characters."""
 LARGEST = 1e15
-"""The largest reward: beyond it a group's deviation would overflow float32."""
+"""The largest reward: beyond it, a group's standard deviation would overflow float32."""
 
 
-NUMBERS = "Give a number between -1e15 and 1e15, or None for none"
-"""What to do about a reward or a metric that is no number."""
+NUMBERS = "Return a number between -1e15 and 1e15, or None if there is none"
+"""What to do about a reward or metric that is not a usable number."""
 
 
 class WrongResultError(Exception):
-    """What was returned is not what the contract says."""
+    """The returned value breaks the contract."""
 
 
 def of_reset(value: Any) -> Reply:
-    """None, text or content blocks, to be added to the prompt."""
+    """Convert what `reset` returned: None, text, or content blocks to add to the prompt."""
     if value is None or isinstance(value, str):
         return Reply(value=value if value is None else _text(value))
     if not _is_blocks(value):
@@ -37,7 +38,7 @@ def of_reset(value: Any) -> Reply:
 
 
 def of_tool(value: Any) -> Reply:
-    """Content blocks as they are, anything else as text; alone, or in a `Step`."""
+    """Convert a tool's result, alone or in a `Step`: content blocks unchanged, anything else as text."""
     if not is_step(value):
         return Reply(value=_plain(value) if _is_blocks(value) else _text(value))
     result = value.result
@@ -46,7 +47,7 @@ def of_tool(value: Any) -> Reply:
 
 
 def of_step(value: Any) -> Reply:
-    """None, or messages: a text or content blocks are a user's message; alone, or in a `Step`."""
+    """Convert what `step` returned, alone or in a `Step`, to messages or None. Text and blocks are a user's message."""
     if is_step(value):
         reward = number_of(value.reward, "the reward of a Step")
         return Reply(value=_messages(value.result), reward=reward, done=bool(value.done))
@@ -54,13 +55,16 @@ def of_step(value: Any) -> Reply:
 
 
 def of_reward(value: Any) -> Reply:
-    """A number, or None: it does not apply."""
+    """Convert what `get_reward` returned: a number, or None if the reward does not apply."""
     return Reply(value=number_of(value, "get_reward"))
 
 
 def of_exception(error: BaseException, tool: bool, file: str | None = None) -> Reply:
-    """What was raised. The model is shown a tool's message alone; people also see where it was raised: the last place
-    in `file`, if the error came through that, or else where it began."""
+    """Convert an exception.
+
+    With `tool`, the reply has only the message, for the model. Otherwise it has also the type and the place where the
+    error was raised: the last frame in `file`, if the traceback has such a frame, or else the last frame.
+    """
     try:
         said = str(error)[:LONGEST_MESSAGE]
     except Exception:  # an exception whose own code fails
@@ -69,13 +73,13 @@ def of_exception(error: BaseException, tool: bool, file: str | None = None) -> R
         return Reply("error", error=_encodable(said or type(error).__name__))
     frames = traceback.extract_tb(error.__traceback__)
     frames = traceback.StackSummary.from_list([one for one in frames if one.filename == file]) or frames
-    ours = not frames or Path(frames[-1].filename).parent == Path(__file__).parent  # their code was not even entered
+    ours = not frames or Path(frames[-1].filename).parent == Path(__file__).parent  # user code was not even entered
     where = "" if ours else f" ({frames[-1].filename}:{frames[-1].lineno})"
     return Reply("error", error=_encodable(f"{type(error).__name__}: {said}{where}"))
 
 
 def is_step(value: Any) -> bool:
-    """Whether it has what a `grpo.Step` has, whatever its class."""
+    """Whether an object of any class has the attributes of a `grpo.Step`."""
     return not isinstance(value, type) and all(hasattr(value, name) for name in ("result", "reward", "done"))
 
 
@@ -107,11 +111,11 @@ def _is_blocks(value: Any) -> bool:
 
 
 def _plain(value: list[Any]) -> list[dict[str, Any]]:
-    """Blocks or messages as JSON holds them. Raises WrongResultError for what JSON does not hold."""
+    """Return blocks or messages after a round trip through JSON. Raises WrongResultError if JSON cannot hold them."""
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise WrongResultError(f"it returned content that JSON does not hold: {error}") from None
+        raise WrongResultError(f"it returned content that JSON cannot represent: {error}") from None
     plain: list[dict[str, Any]] = json.loads(_encodable(_measured(text)))
     return plain
 
@@ -122,24 +126,22 @@ def _text(value: Any) -> str:
 
 def _measured(text: str) -> str:
     if len(text) > LONGEST:
-        raise WrongResultError(
-            f"the result is too long: {len(text):,} characters, and at most {LONGEST:,} are possible"
-        )
+        raise WrongResultError(f"the result is too long: {len(text):,} characters, but at most {LONGEST:,} are allowed")
     return text
 
 
 def _encodable(text: str) -> str:
-    """The text without lone surrogates, which no tokenizer takes."""
+    """Return the text without lone surrogates, which tokenizers reject."""
     return text.encode(errors="replace").decode()
 
 
 def number_of(value: Any, what: str) -> float | None:
-    """A finite number, or None for None. Raises WrongResultError for everything else: `what` is not usable."""
+    """Return the value as a finite float, or None for None. Raises WrongResultError, with `what`, for anything else."""
     if value is None:
         return None
     try:
         number = math.nan if isinstance(value, str | bytes) else float(value)
-    except Exception:  # an object of other people's
+    except Exception:  # a user's object
         number = math.nan
     if not abs(number) <= LARGEST:  # NaN too
         raise WrongResultError(f"{what} is not a usable number: {shortened(value)}. {NUMBERS}")
@@ -147,8 +149,8 @@ def number_of(value: Any, what: str) -> float | None:
 
 
 def shortened(value: Any) -> str:
-    """A value of other people's as an error shows it."""
+    """Return a short representation of a user's value for an error message."""
     try:
         return repr(value)[:80]
-    except Exception:  # an object of other people's
+    except Exception:  # a user's object
         return f"a {type(value).__name__}"

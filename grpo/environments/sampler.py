@@ -1,4 +1,4 @@
-"""What an environment is given to sample with: a door on the open generator."""
+"""The environments' interface to the open generator."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from grpo.types import FinishReason, Task, Trajectory
 
 
 class Sampler:
-    """Samples one task's group, of which `n` is the size. `tokenizer` is the model's.
+    """Samples the group of one task.
 
-    `task` is the group's, and `place` its number among the tasks that are sampled together. What is drawn depends on
-    the step's key, the task's place in the step, the part, the row and the position alone: not on other tasks, nor on
-    what is awaited when.
+    `n` is the size of the group, `tokenizer` the model's tokenizer, and `place` the task's number among the tasks that
+    are sampled together. Draws depend only on the step's key, the task's place in the step, the part, the row, and the
+    position: not on other tasks, nor on the order in which results are awaited.
     """
 
     def __init__(self, driver: Driver, task: Task, n: int, seed: int, path: tuple[int, ...], place: int = 0) -> None:
@@ -35,11 +35,11 @@ class Sampler:
         self._apart: dict[tuple[int, tuple[int, ...]], int] = {}
         self._beside: dict[tuple[int, ...], Row] = {}
         self.rows: list[Row] = []
-        """All that were begun."""
+        """All rows that were started."""
 
     @property
     def sampling(self) -> Sampling:
-        """How rows are sampled, unless `begin_apart` says otherwise."""
+        """How rows are sampled, unless `begin_apart` gets another sampling."""
         return self._driver.sampling
 
     @property
@@ -49,26 +49,27 @@ class Sampler:
 
     @property
     def longest(self) -> int:
-        """The limit on a completion's tokens."""
+        """The maximum number of tokens of a completion."""
         return self._driver.sampling.max_tokens
 
     async def sample(self, prompt_ids: Sequence[int], n: int, part: int = 0) -> list[Trajectory]:
-        """`n` answers to the task's prompt, each to its end. See `begin` for `part`."""
+        """Return `n` finished answers to the task's prompt. See `begin` for `part`."""
         return [await self.ended(row) for row in self.begin(prompt_ids, n, part)]
 
     def begin(self, prompt_ids: Sequence[int], n: int, part: int = 0, keep: bool = False) -> tuple[Row, ...]:
-        """Let `n` rows decode after the task's prompt, without waiting for them.
+        """Start `n` rows after the task's prompt, without waiting for them.
 
-        With `keep` a row that has ended can be extended, until it is released. An environment that begins rows more
-        than once numbers those times by `part`, from 0: rows of the same part and place would draw alike. Raises
-        EnvironmentMistake for a part that was begun before, and for a prompt that is not the task's: a group is
-        trained on as what followed that.
+        With `keep`, a row that has ended can be extended until it is released. An environment that calls this several
+        times passes `part` 0, 1, 2, …: rows of the same part and place would draw the same tokens. Raises
+        EnvironmentMistake for a part that was used before, and for a prompt that is not the task's: training takes all
+        rows of a group as continuations of the task's prompt.
         """
         if tuple(prompt_ids) != self.task.prompt_ids:
-            raise EnvironmentMistake("a row begins after task.prompt_ids: what is to follow them is for `extend`")
+            raise EnvironmentMistake("a row must begin with task.prompt_ids: append further tokens with `extend`")
         if part in self._parts:
             raise EnvironmentMistake(
-                f"part {part} of this task was begun before: its rows would draw the same again; give the next `part`"
+                f"part {part} of this task has begun already, and its rows would draw the same tokens again: pass the "
+                "next number as `part`"
             )
         self._parts.add(part)
         path = (*self._path, part) if part else self._path
@@ -80,24 +81,24 @@ class Sampler:
         max_turn_tokens: int = 0,
         lasting: Sequence[Sequence[int]] | None = None,
     ) -> tuple[Row, ...]:
-        """Let a row decode after each of these prompts, in the place of the task's. Such rows are kept.
+        """Start a row after each of these prompts, which replace the task's prompt. The rows are kept.
 
-        Where there is None in a prompt's place the row is released and stays empty, so that the others draw what they
-        would have drawn beside it.
+        The row of a prompt that is None is released immediately and stays empty, so that the other rows draw what they
+        would have drawn with it.
 
-        What all prompts begin with becomes the group's prompt, `task.prompt_ids`, and is shared; of `lasting`, which
-        all rows begin with that come later (`begin_anew`), if that is less. The rest is the row's
-        own: it is not trained on, and no limit counts it. Raises EnvironmentMistake if rows were begun before, and for
-        prompts whose first tokens differ.
+        The longest prefix of all prompts becomes the group's prompt, `task.prompt_ids`, and is shared. `lasting` are
+        prefixes with which all later rows (`begin_anew`) begin: the group's prompt must be a prefix of these, too. The
+        rest of a prompt belongs to its row: it is not trained on, and no limit counts it. Raises EnvironmentMistake if
+        rows were started before, and for prompts whose first tokens differ.
         """
         if self._parts:
-            raise EnvironmentMistake("rows of this task were begun before, after another prompt")
+            raise EnvironmentMistake("rows of this task have begun already, after another prompt")
         given = [prompt for prompt in prompts if prompt is not None]
         shared = common_prefix([*given, *(lasting or ())]) if given else self.task.prompt_ids
         if not shared:
             raise EnvironmentMistake(
-                "the prompts of a group begin with different tokens, and one at least must be the same: begin the "
-                "dataset's prompt, or the system message, with words that all have"
+                "the prompts of a group must share at least their first token, but begin with different tokens: begin "
+                "the dataset's prompt, or the system message, with the same words"
             )
         self._parts.add(0)
         self.task = replace(self.task, prompt_ids=shared)
@@ -112,15 +113,15 @@ class Sampler:
         return rows
 
     def begin_anew(self, row: Row, prompt_ids: Sequence[int], max_tokens: int) -> Row:
-        """Let a row decode in the place of one that `begin_after` began and that has ended, which is released.
+        """Replace a row that has ended with a new row, and release the old one. For rows of `begin_after`.
 
-        It follows a prompt of its own, which begins with the group's, and has `max_tokens` at most after that. What it
-        draws depends on the place of the former, and on how many there were there before.
+        The new row follows its own prompt, which must begin with the group's prompt, and samples at most `max_tokens`.
+        Its draws depend on its place among the rows of `begin_after` and on the number of rows before it in that place.
         """
         number, place = self._places.pop(row)
         shared, former = self.task.prompt_ids, row.stopping.sampling
         if tuple(prompt_ids[: len(shared)]) != shared:
-            raise EnvironmentMistake("a row begins anew after a prompt that does not begin with the group's")
+            raise EnvironmentMistake("the prompt of a new row does not begin with the group's prompt")
         least = max(0, former.min_tokens - (row.longest - row.opening - max_tokens))
         (begun,) = self._submit(
             Submission(
@@ -140,12 +141,12 @@ class Sampler:
     def begin_apart(
         self, prompt_ids: Sequence[int], sample: int, sampling: Sampling, n: int = 1, logprobs: bool = False
     ) -> tuple[Row, ...]:
-        """Let `n` rows decode after any prompt, for the group's trajectory number `sample`. Such rows are kept.
+        """Start `n` rows after any prompt, for the group's trajectory number `sample`. The rows are kept.
 
-        What they draw depends on the place of the task, the sample, the prompt, how often it has had that prompt, and
-        the position: not on when they begin. Where it is the task's own prompt, for the first time, they draw what a
-        row of `begin` would. `logprobs` are computed where the rollout needs them, and if this says so. Rows of equal
-        prompts share its keys and values. Once all is known `settle` says what the group's prompt is.
+        Draws depend on the place of the task, the sample, the prompt, how often the sample has used the prompt, and the
+        position: not on when the rows start. The first single row after the task's own prompt draws what a row of
+        `begin` would draw. `logprobs` are computed if the rollout needs them or if this argument is true. Rows with
+        equal prompts share keys and values. Call `settle` with all prompts at the end: it sets the group's prompt.
         """
         prompt = tuple(prompt_ids)
         times = self._apart.get((sample, prompt), 0)
@@ -171,7 +172,7 @@ class Sampler:
         return rows
 
     def settle(self, prompts: Iterable[Sequence[int]]) -> bool:
-        """Make what all these prompts begin with the group's prompt. Returns whether there is such a beginning."""
+        """Set the group's prompt to the longest common prefix of all prompts. Returns False if there is none."""
         shared = common_prefix(list(prompts))
         if shared:
             self.task = replace(self.task, prompt_ids=shared)
@@ -183,72 +184,75 @@ class Sampler:
         return rows
 
     async def ended(self, row: Row) -> Trajectory:
-        """What a row has come to, as soon as its turn has ended: all its tokens and their text, of every turn."""
+        """Wait until a row's turn has ended, and return its trajectory: the tokens and text of all turns so far."""
         await self._driver.ended(row)
         return trajectory_of(row)
 
     async def extend(self, row: Row, token_ids: Sequence[int]) -> Trajectory:
-        """Append tokens that were not sampled (a tool's answer, say), sample the next turn, and wait for its end.
+        """Append tokens that were not sampled (such as a tool's answer), sample the next turn, and wait for its end.
 
-        `row.room` says how many tokens fit. Raises EnvironmentMistake if they do not, if the row was not kept or still
-        decodes, and for text.
+        At most `row.room` tokens fit. Raises EnvironmentMistake if there are more, if the row was not kept or still
+        decodes, and for text instead of token ids.
         """
         self.go_on(row, token_ids)
         return await self.ended(row)
 
     def go_on(self, row: Row, token_ids: Sequence[int], sampling: Sampling | None = None) -> None:
-        """`extend` without waiting for the turn's end. Another `sampling` may have other rules for the turn."""
+        """`extend` without waiting for the end of the turn. From this turn on, the row uses `sampling` if it is given;
+        it may differ only in the rules for turns."""
         ids = token_ids_of(token_ids)
         if not row.keep:
             raise EnvironmentMistake(
-                "it extends a row that was not kept: begin such rows by sampler.begin(task.prompt_ids, n, keep=True)"
+                "it extends a row that was not kept: start it with sampler.begin(task.prompt_ids, n, keep=True)"
             )
         try:
             self._driver.engine.extend(row, ids, sampling)
         except ValueError as error:
-            raise EnvironmentMistake(f"it extends a row that cannot be: {error}") from error
+            raise EnvironmentMistake(f"it extends a row that cannot be extended: {error}") from error
 
     async def turn(self, row: Row, until: float | None = None) -> FinishReason:
-        """Why a row's turn ended, as soon as it has. At the moment `until` of `time.monotonic` it is ended for good."""
+        """Wait until a row's turn has ended, and return why. At `until` (clock: `time.monotonic`) it is released."""
         return await self._driver.ended(row, until)
 
     def watch(self, row: Row, told: Callable[[Row], object]) -> None:
-        """Have `told` called after each step in which the row got tokens, until its turn has ended."""
+        """Call `told(row)` after each step in which the row got tokens, until its turn has ended."""
         self._driver.watch(row, told)
 
     def give_up(self, row: Row) -> None:
-        """Release a row that is watched, and may decode: nobody is told of it any more."""
+        """Release a watched row, even if it decodes, and stop watching it."""
         self._driver.give_up(row)
 
     def inbox(self) -> Inbox[Any]:
-        """Where other threads can send things to a coroutine of this rollout."""
+        """Return a new queue through which other threads can send items to a coroutine of this rollout."""
         return Inbox(self._driver.jobs)
 
     def turn_text(self, row: Row) -> str:
-        """The text of the last turn alone of a row that has ended, without its stop token or string."""
+        """Return the text of only the last turn of a row that has ended, without its stop token or stop string."""
         return row.stopping.turn_text(row.token_ids)
 
     def release(self, row: Row) -> None:
-        """Free what a kept row holds. What is not released is freed when all rollouts have ended."""
+        """Free the memory of a kept row. Rows that are not released are freed when all rollouts have ended."""
         self._driver.engine.release(row)
 
     async def gather(self, *coroutines: Coroutine[Any, Any, Result]) -> list[Result]:
-        """Let coroutines go on side by side, such as one for each row. Returns their results in order."""
+        """Run coroutines concurrently, such as one per row. Returns their results in order."""
         if wrong := [one for one in coroutines if not isinstance(one, Coroutine)]:
-            raise EnvironmentMistake(f"`gather` takes coroutines, as `gather(*list)`, and not {wrong[0]!r:.60}")
+            raise EnvironmentMistake(f"`gather` takes coroutines, as in `gather(*list)`, but got {wrong[0]!r:.60}")
         return await self._driver.jobs.gather(coroutines)
 
     async def outside(self, future: Future[Result], until: float | None = None) -> Result:
-        """The result of work in another thread or process, such as a tool's; rows go on decoding meanwhile.
+        """Wait for the result of work in another thread or process, such as a tool's. Other rows keep decoding.
 
-        Raises TimeIsUpError (`environments.scheduler`) if there is none at the moment `until` of `time.monotonic`.
+        Raises TimeIsUpError (`environments.scheduler`) if there is no result at `until` (clock: `time.monotonic`).
         """
         if not hasattr(future, "add_done_callback"):
-            raise EnvironmentMistake(f"`outside` takes a future, as executor.submit(...) gives, and not {future!r:.60}")
+            raise EnvironmentMistake(
+                f"`outside` takes a future, as returned by executor.submit(...), but got {future!r:.60}"
+            )
         return await self._driver.jobs.outside(future, until)
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The tokens that all sequences begin with."""
+    """Return the longest common prefix of the sequences."""
     shared = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False))
     return tuple(tokens[0] for tokens in shared)

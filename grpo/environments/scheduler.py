@@ -1,8 +1,8 @@
-"""Coroutines that take turns, between two steps of the generator.
+"""A scheduler for coroutines that run between two steps of the generator.
 
 They wait for rows of the generator, for each other, and for work in other threads or processes. One loop drives all of
-that, which is why there is no asyncio here: its event loop would wait for sockets and clocks while the generator waits,
-and it does not run in a notebook, which has one already.
+this instead of asyncio: an asyncio loop would wait for sockets and clocks while the generator waits, and it could not
+run in a notebook, which already runs an asyncio loop.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from grpo.environments.mistakes import WAY_OUT, EnvironmentMistake
 Result = TypeVar("Result")
 
 GRACE, SHARE = 0.5, 0.1
-"""How long rows may wait for outside work in all, so that what goes on when does not depend on the clock: so many
-seconds, and this share of the time since they began. After that nobody waits any more."""
+"""Total time that decoding may pause for outside work, so that the order of events does not depend on the clock: GRACE
+seconds plus this share of the elapsed time. After that, decoding no longer pauses."""
 
 
 class TimeIsUpError(Exception):
-    """What was awaited had not happened by then."""
+    """The deadline passed before the awaited event."""
 
 
 class Gate:
-    """Closed until something has happened. `await gate` waits for that."""
+    """An event. `await gate` waits until the gate is open."""
 
     __slots__ = ("is_open", "waiting")
 
@@ -46,7 +46,7 @@ class Gate:
 
 
 class Outside(Gate):
-    """Opened by another thread or process: `done` there. With `patient` nothing that decodes is held up for it."""
+    """A gate for work in another thread or process. `done`: the work is done. `patient`: decoding does not pause."""
 
     __slots__ = ("done", "patient")
 
@@ -56,7 +56,7 @@ class Outside(Gate):
 
 
 class Job(Generic[Result]):
-    """A coroutine on its way. `await job` waits for its end, and gives its result or raises its error."""
+    """A running coroutine. `await job` waits for its end, and returns its result or raises its error."""
 
     __slots__ = ("_result", "coroutine", "end", "error")
 
@@ -70,7 +70,7 @@ class Job(Generic[Result]):
         return self.result()
 
     def result(self) -> Result:
-        """What the coroutine returned. Raises what it raised, and EnvironmentMistake if it has not ended."""
+        """Return the coroutine's result. Raises what it raised, and EnvironmentMistake if it has not ended."""
         if self.error is not None:
             raise self.error
         if not self.end.is_open:
@@ -78,7 +78,7 @@ class Job(Generic[Result]):
         return self._result
 
     def advance(self) -> Gate | None:
-        """Run until it waits at a gate, which is returned; None at its end. An interrupt passes through."""
+        """Run the coroutine until it waits at a gate, and return the gate; None at its end. Interrupts propagate."""
         try:
             gate: object = self.coroutine.send(None)
             while not isinstance(gate, Gate):
@@ -92,7 +92,7 @@ class Job(Generic[Result]):
 
 
 class Scheduler:
-    """Runs jobs until all of them wait; whoever drives it opens gates, and runs it again."""
+    """Runs jobs until all of them wait. The caller opens gates and runs the scheduler again."""
 
     def __init__(self) -> None:
         self._ready: deque[Job[Any]] = deque()
@@ -109,22 +109,22 @@ class Scheduler:
         return bool(self._outside)
 
     def start(self, coroutine: Coroutine[Any, None, Result], awaited: bool = False) -> Job[Result]:
-        """Let a coroutine begin at the next `run`, which raises what the coroutine raises unless it is `awaited`."""
+        """Start a coroutine at the next `run`, which raises what the coroutine raises unless it is `awaited`."""
         job = Job(coroutine)
         self._live[job] = awaited
         self._ready.append(job)
         return job
 
     def open(self, gate: Gate) -> None:
-        """What those at the gate wait for has happened."""
+        """Open a gate: its event has happened, and the jobs that wait at it become ready."""
         gate.is_open = True
         self._ready.extend(gate.waiting)
         gate.waiting.clear()
 
     def run(self) -> None:
-        """Let all that may go on do so, in the order in which they became ready.
+        """Run all ready jobs, in the order in which they became ready.
 
-        Raises the error of a job that nobody awaits, at once: the others are of no use without it.
+        If a job that is not awaited fails, its error is raised immediately: the other jobs are useless without it.
         """
         while self._ready:
             job = self._ready.popleft()
@@ -138,14 +138,15 @@ class Scheduler:
                 gate.waiting.append(job)
 
     def collect(self, wait: bool = False) -> None:
-        """Open the gates of outside work that is done, in the order in which it was begun; `wait` for some if none is.
+        """Open the gates of outside work that is done, in the order in which the work began.
 
-        As long as work is quick, all of it is waited for, but for what is `patient`. Then rows go on at the same places
-        in every run, and are decoded beside the same others, on which the last bits of their numbers depend.
+        With `wait`, block until some work is done. As long as outside work is quick, decoding waits for all of it,
+        except for `patient` gates. Rows then resume at the same steps in every run, and are decoded in the same
+        batches, on which the last bits of their numbers depend.
         """
         alarm = min((moment for moment, _, gate in self._alarms if not gate.is_open), default=inf)
         if wait and not any(gate.done for gate in self._outside):
-            self._note(alarm)  # nothing is held up meanwhile
+            self._note(alarm)  # no row is decoding, so this does not count as a pause
         if self._punctual and self._awaits:
             now = time.monotonic()
             late = min(alarm, now + GRACE + SHARE * (now - self._began) - self._waited)
@@ -161,20 +162,20 @@ class Scheduler:
 
     @property
     def _awaits(self) -> bool:
-        """Whether there is outside work that rows wait for as long as it is quick."""
+        """Whether there is unfinished outside work for which decoding may pause."""
         return not all(gate.done or gate.patient for gate in self._outside)
 
     def _note(self, until: float) -> None:
-        """Note the next outside work that is done, if some is by that moment."""
+        """Mark the next finished outside work as done, waiting for it at most until `until`."""
         with suppress(Empty):
             self._posted.get(timeout=max(0.0, until - time.monotonic()) if until < inf else None).done = True
 
     def open_at(self, moment: float, gate: Gate) -> None:
-        """Let `ring` open the gate at a moment of `time.monotonic`, unless it is open by then."""
+        """Make `ring` open the gate at `moment` (clock: `time.monotonic`), unless it is open by then."""
         heapq.heappush(self._alarms, (moment, next(self._numbers), gate))
 
     def ring(self) -> None:
-        """Open the gates whose moment has come."""
+        """Open the gates whose deadline has passed."""
         while self._alarms and (self._alarms[0][2].is_open or self._alarms[0][0] <= time.monotonic()):
             gate = heapq.heappop(self._alarms)[2]
             if not gate.is_open:
@@ -183,7 +184,7 @@ class Scheduler:
                 self.open(gate)
 
     def close(self) -> None:
-        """End the coroutines that have not ended: their `finally` blocks run."""
+        """Close the coroutines that have not ended; their `finally` blocks run."""
         for job in reversed(self._live):
             job.coroutine.close()
         self._live.clear()
@@ -191,14 +192,14 @@ class Scheduler:
         self._ready.clear()
 
     async def gather(self, coroutines: Iterable[Coroutine[Any, None, Result]]) -> list[Result]:
-        """Run all of them side by side. Returns their results in order; raises the first error in that order."""
+        """Run coroutines concurrently. Returns their results in order; raises the first error in that order."""
         jobs = [self.start(coroutine, awaited=True) for coroutine in coroutines]
         return [await job for job in jobs]
 
     async def outside(self, future: Future[Result], until: float | None = None) -> Result:
-        """The result of work in another thread or process.
+        """Wait for the result of work in another thread or process.
 
-        Raises TimeIsUpError if there is none at the moment `until` of `time.monotonic`; the work goes on unwatched.
+        Raises TimeIsUpError if there is no result at `until` (clock: `time.monotonic`); the work itself continues.
         """
         gate = self.expect(Outside())
         future.add_done_callback(lambda _: self.happened(gate))
@@ -210,10 +211,10 @@ class Scheduler:
         return future.result()
 
     def expect(self, gate: Outside) -> Outside:
-        """Let `collect` open the gate once it has `happened`."""
+        """Make `collect` open the gate once `happened` was called for it."""
         self._outside[gate] = None
         return gate
 
     def happened(self, gate: Outside) -> None:
-        """Say so, from any thread."""
+        """Report that the gate's outside work is done, from any thread."""
         self._posted.put(gate)

@@ -1,4 +1,4 @@
-"""A seat in a home: the calls of one conversation, each with its time limit, one after another."""
+"""A seat in a home: makes the calls of one conversation, one after another, each with its time limit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class HostSeat:
-    """A `Seat`. What is lost stays lost: every later call gets the same reply."""
+    """A `Seat`. Once it is lost, every later call gets the same reply."""
 
     def __init__(self, host: EnvironmentHost, home: Home, number: int) -> None:
         self.home, self.number = home, number
@@ -30,7 +30,7 @@ class HostSeat:
         given = {name: v for name, v in columns.items() if not (terms.several and name == "environment")}
         try:
             packed = self.home.pack(given)
-        except Exception as error:  # a value of the dataset's that refuses
+        except Exception as error:  # a dataset value that cannot be pickled
             said = f"the row cannot be sent to the environment: {of_exception(error, False).error}"
             return self._host.submit(_given(Reply("error", error=said)), CLOSED)
         return self._ask("reset", {"columns": packed, "seed": seed}, terms.reset_timeout)
@@ -53,7 +53,7 @@ class HostSeat:
         return self._host.submit(self._shielded(op, arguments, seconds, what or op), CLOSED)
 
     async def _shielded(self, op: str, arguments: Mapping[str, Any], seconds: float, what: str) -> Reply:
-        """The reply. Whoever no longer wants it, and cancels the future, does not change what the seat is at."""
+        """Return the reply. Canceling the future does not cancel the seat's call."""
         return await asyncio.shield(asyncio.ensure_future(self._asked(op, arguments, seconds, what)))
 
     async def _asked(self, op: str, arguments: Mapping[str, Any], seconds: float, what: str) -> Reply:
@@ -63,7 +63,8 @@ class HostSeat:
             try:
                 reply: Reply = await self.home.ask({"op": op, "seat": self.number, "arguments": arguments}, seconds)
             except TimeoutError:
-                self._lost = Reply("timeout", error=f"{what} gave no answer in {seconds:g} s{self._host.terms.late}")
+                said = f"{what} gave no answer in {seconds:g} s{self._host.terms.late}"
+                self._lost = Reply("timeout", error=said)
                 self._dropping = asyncio.ensure_future(self.home.drop(self.number))
             except LostError as error:
                 self._lost = error.reply
@@ -72,7 +73,7 @@ class HostSeat:
             return self._lost or self._explained(reply, op)
 
     def _explained(self, reply: Reply, op: str) -> Reply:
-        """The reply, with a hint in errors that people read; those of tools are for the model."""
+        """Return the reply, with a hint in errors that people read. The errors of tools are for the model."""
         if reply.kind != "error" or (op == "call" and not self._host.terms.agent):
             return reply
         return Reply("error", error=self._host.terms.explain(reply.error))

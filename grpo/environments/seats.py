@@ -1,4 +1,4 @@
-"""What a conversation has of its environment: a seat, wherever the environment's object lives."""
+"""The protocol between a conversation and its environment: a seat, in any process, and the host that provides it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from grpo.plugins import Function, Located
 from grpo.types import Message
 
 Content = str | list[dict[str, Any]]
-"""Of a message: text, or content blocks."""
+"""The content of a message: text, or content blocks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a call came to.
+    """The outcome of a call.
 
-    kind     `ok`; `error`: the called code raised, or returned what it may not, and the object is still there;
+    kind     `ok`; `error`: the called code raised, or returned an invalid value, and the object still exists;
              `timeout`, `crash`, `memory`: the call took too long, or ended its process, and the seat is lost
-    value    what was returned: of `reset` and of tools content or None, of `step` messages or None, of `reward` a float
-             or None
-    reward   what a `Step` gave for the turn
+    value    the returned value: content or None from `reset` and tools, messages or None from `step`, a float or None
+             from `reward`
+    reward   the reward of the turn, if the call returned a `Step` with a reward
     done     whether a `Step` ended the conversation
-    error    what went wrong, in words, if `kind` is not `ok`
+    error    the error message if `kind` is not `ok`
     """
 
     kind: Literal["ok", "error", "timeout", "crash", "memory"] = "ok"
@@ -36,18 +36,18 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What an environment and its tools are, found out where they live.
+    """What an environment and its tools are, found by loading them in the process where they live.
 
-    name       the class's name, or that which the recipe gives
-    kind       `tools`: the model calls methods; `messages`, `text`: `step(message)`, `step(text)` answers as users do;
-               `rollout`: it makes trajectories by itself, by `async def rollout(self, task, sampler)`; `agent`: it asks
-               the model through an endpoint, when its one method `run` is called, which is no tool
+    name       the class's name, or the name in the recipe
+    kind       `tools`: the model calls methods; `messages`, `text`: `step(message)` or `step(text)` answers as a user;
+               `rollout`: `async def rollout(self, task, sampler)` makes whole trajectories; `agent`: its method `run`,
+               which is not a tool, calls the model through an endpoint
     tools      the JSON schemas of all tools, as chat templates take them (`{"type": "function", "function": {...}}`)
     rewards    whether it has `get_reward`
-    steps      the calls whose result may be a `Step`, which may reward: `step` where that answers the model, and those
-               of the tools whose return annotation does not rule it out
-    resets     whether it has `reset`, which may add to the prompt, or writes its prompts itself, as agents do
-    withheld   public methods with a docstring that are no tools, because `step(text)` is spoken to in text alone
+    steps      the calls that may return a `Step`, and with it a reward: `step` if it answers the model, and each tool
+               whose return annotation does not rule it out
+    resets     whether it has `reset`, which may add to the prompt, or writes its own prompts, as agents do
+    withheld   public methods with a docstring that are not tools, because the model talks to `step(text)` in plain text
     """
 
     name: str
@@ -60,7 +60,7 @@ class Description:
 
     @property
     def may_reward(self) -> bool:
-        """Whether a conversation can have a reward from it at all."""
+        """Whether the environment or a tool can give a conversation a reward."""
         return self.rewards or bool(self.steps)
 
 
@@ -70,9 +70,10 @@ class HostedReward:
 
     located   its name and place
     kwargs    the recipe's arguments for it
-    timeout   seconds that one call may take
-    form      the form of completions that it reads, if the recipe says so; `system` is the message before text prompts
-    function  the function itself, where it was given as an object: for hosts in this process; others import it
+    timeout   time limit of a call, in seconds
+    form      the form of the completions that it reads, if the recipe sets it
+    system    the system message before prompts that are text
+    function  the function itself, if it was passed as an object: only for hosts in this process; other hosts import it
     """
 
     located: Located
@@ -85,7 +86,8 @@ class HostedReward:
 
 @dataclass(frozen=True, slots=True)
 class LoadedReward:
-    """What its file says of a hosted reward: what one call gets (`step`, `group` or `completion`); whether it costs."""
+    """What the file of a hosted reward declares: what one call gets (`step`, `group`, or `completion`), and whether
+    calls cost money."""
 
     calls: str
     paid: bool
@@ -95,7 +97,7 @@ class Seat(Protocol):
     """The environment of one conversation. Its calls are made one after another, and never raise."""
 
     def reset(self, columns: Mapping[str, Any], seed: int) -> Future[Reply]:
-        """Begin: the object is made, or taken from an earlier conversation, and its `reset` called with the columns."""
+        """Create the object, or reuse the object of an earlier conversation, and call its `reset` with the columns."""
         ...
 
     def call(self, tool: str, arguments: Mapping[str, Any]) -> Future[Reply]:
@@ -103,58 +105,58 @@ class Seat(Protocol):
         ...
 
     def step(self, message: Message) -> Future[Reply]:
-        """Say what the model said to an environment that answers as the user does."""
+        """Pass the model's message to an environment that answers as a user."""
         ...
 
     def reward(self) -> Future[Reply]:
-        """Ask for the environment's `get_reward`."""
+        """Call the environment's `get_reward`."""
         ...
 
     def release(self) -> None:
-        """The conversation is over, and scored: the object may serve another one."""
+        """End the conversation, which has been scored: the object may serve another conversation."""
         ...
 
 
 class Host(Protocol):
-    """Where the environments of one name live, and the tools beside them."""
+    """Provides the environments of one name, together with their tools."""
 
     @property
     def description(self) -> Description: ...
 
     def seats(self, group: int, n: int) -> Sequence[Seat]:
-        """Seats for the conversations of group number `group` of a rollout, all in one process."""
+        """Return `n` seats, all in one process, for the conversations of group number `group` of a rollout."""
         ...
 
     def problem(self, columns: Collection[str]) -> str | None:
-        """Why `reset` could not be called with these columns of the dataset; None if it can be."""
+        """Return why `reset` cannot be called with these columns of the dataset; None if it can."""
         ...
 
     def load_reward(self, reward: HostedReward) -> LoadedReward:
-        """Load a reward function into every process. Raises UserError if it cannot be had, and says why."""
+        """Load a reward function into every process. Raises UserError, with the reason, if it cannot be loaded."""
         ...
 
     def reward_problem(self, name: str, columns: Collection[str]) -> str | None:
-        """Why a loaded reward could not be called with these columns and `environments`; None if it can be."""
+        """Return why a loaded reward cannot be called with these columns and `environments`; None if it can."""
         ...
 
     def score(self, name: str, seats: Sequence[Seat], columns: bytes, state: Mapping[str, Any]) -> Future[Any]:
-        """Call a loaded reward once, with the environments of `seats`: of one group, or some of its seats.
+        """Call a loaded reward once, with the environments of `seats`, which are all or some seats of one group.
 
-        `columns` is a pickled dictionary with a value for each seat by name, without `environments`. `state` is what
-        rewards are told of the trainer. The future has a dictionary of the fields of the scoring room's `Answer`
-        (`values`, `failures` by place, `extras`, `metrics`, `seconds`, `kind`, `fatal`), and never raises. A seat that
-        is lost has a failure; the reward is called with the others.
+        `columns` is a pickled dictionary of lists by column name, with a value per seat, without `environments`.
+        `state` is the trainer state that rewards get. The future's result is a dictionary with the fields of the
+        scoring room's `Answer` (`values`, `failures` by place, `extras`, `metrics`, `seconds`, `kind`, `fatal`). It
+        never raises. A lost seat counts as a failure; the reward is called with the other seats.
         """
         ...
 
     def close(self) -> None:
-        """End all processes, and what they have started."""
+        """End all processes, and all processes that they have started."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ConversationLimits:
-    """What ends a conversation early; None: no limit. Each is a stop reason of its name."""
+    """Limits that end a conversation early; None: no limit. The stop reason has the name of the limit."""
 
     max_turns: int | None = None
     max_tool_calls: int | None = None

@@ -1,4 +1,4 @@
-"""Conversations for people to read: who said what, what was called with what, and what the model learned from."""
+"""Conversations for people to read: who said what, the tool calls, and what the model learns from."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from grpo.types import Message, Rollout, Task, Trajectory
 
 MODEL = "model"
 LONGEST_ARGUMENT = 200
-"""Characters of one argument of a call that are shown."""
+"""Longest argument of a call that is shown in full, in characters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What was said at once.
+    """One message, or a remark on how the conversation ended.
 
-    who        `model`, `user` (an environment that answers so), or the name of the tool that this is the result of;
-               empty for a remark on the end
-    text       its words, without tool calls
-    calls      the tool calls in it, as `name(argument=value)`
-    reward     what the environment gave for the turn, if it gave anything
-    advantage  of the turn, where turns have advantages of their own
+    who        `model`, `user` (an environment that answers as a user), or the name of the tool whose result this is;
+               empty for a remark
+    text       its text without tool calls
+    calls      its tool calls, as `name(argument=value)`
+    reward     the reward that the environment gave for the turn, if any
+    advantage  the advantage of the turn, if each turn has its own advantage
     """
 
     who: str
@@ -36,11 +36,11 @@ class Said:
 
     @property
     def trained(self) -> bool:
-        """Whether it was sampled, and is learned from."""
+        """Whether the model sampled it, and learns from it."""
         return self.who == MODEL
 
     def lines(self) -> list[str]:
-        """A line for what was said, a line for each call, and a line for reward and advantage if there are any."""
+        """Return a line for the text, a line per call, and a line for the reward and advantage if there are any."""
         who = f"{'' if self.trained else '← '}{self.who}: " if self.who else ""
         spoken = [f"{who}{self.text.strip()}"] if self.text.strip() or not self.calls else []
         noted = [] if self.reward is None else [f"reward {self.reward:g}"]
@@ -49,7 +49,7 @@ class Said:
 
 
 def told(rollout: Rollout) -> list[Said]:
-    """What followed the prompt, one after another, and how it ended. A single answer is all that the model said."""
+    """Return the messages after the prompt and how the conversation ended; for a single turn, only the answer."""
     talk = rollout.trajectory.conversation
     if talk is None:
         return [Said(MODEL, rollout.trajectory.text)]
@@ -59,7 +59,7 @@ def told(rollout: Rollout) -> list[Said]:
 def said_in(
     messages: Sequence[Message], rewards: Sequence[float | None] = (), advantages: Sequence[float] = ()
 ) -> Iterator[Said]:
-    """What was said in messages, one after another; rewards and advantages are those of the model's turns."""
+    """Yield what was said in each message. `rewards` and `advantages` have a value per turn of the model."""
     turn = 0
     for message in messages:
         if message["role"] != "assistant":
@@ -73,20 +73,20 @@ def said_in(
 
 
 def transcript(rollout: Rollout) -> str:
-    """All that followed the prompt: of a single answer its text; of a conversation what was said, line by line."""
+    """Return everything after the prompt as text: a single answer's text, or a conversation line by line."""
     if rollout.trajectory.conversation is None:
         return rollout.trajectory.text
     return "\n".join(line for said in told(rollout) for line in said.lines())
 
 
 def asked(task: Task, trajectory: Trajectory | None = None) -> str:
-    """The end of the prompt, as the model saw it: with what the environment's `reset` added."""
+    """Return the end of the prompt as the model saw it, with the text that the environment's `reset` added."""
     talk = None if trajectory is None else trajectory.conversation
     return last_text(task.prompt if talk is None or not talk.prompt else list(talk.prompt))
 
 
 def end_of(trajectory: Trajectory) -> list[Said]:
-    """How a conversation ended, where that was not by the model's own last word."""
+    """Return a remark on how a conversation ended. Empty if it ended with the model's turn and has no outcome."""
     talk, reason = trajectory.conversation, trajectory.finish_reason
     assert talk is not None
     if talk.failure is not None:
@@ -97,7 +97,7 @@ def end_of(trajectory: Trajectory) -> list[Said]:
 
 
 def _call(call: Mapping[str, Any]) -> str:
-    """A tool call as code would have it."""
+    """Return a tool call in the notation of Python."""
     function = call.get("function", call)
     arguments = function.get("arguments") or {}
     if not isinstance(arguments, Mapping):

@@ -1,4 +1,4 @@
-"""The environment of a single turn: a prompt, and an answer to it."""
+"""The single-turn environment: a prompt and an answer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from grpo.types import Task, Trajectory
 
 
 class SingleTurn:
-    """Answers to the task's prompt, and nothing after them."""
+    """Samples one answer to the task's prompt per trajectory."""
 
     async def rollout(self, task: Task, sampler: Sampler) -> list[Trajectory]:
         return await sampler.sample(task.prompt_ids, sampler.n)

@@ -1,7 +1,7 @@
-"""Random numbers of a seat's own: what it draws does not depend on what other seats draw at the same time.
+"""Separate random streams per seat: what a seat draws does not depend on what other seats draw at the same time.
 
-Many seats live in one process, and their code draws by `random.randint`, `numpy.random.rand` and the like, of which a
-process has one stream. Once `install` was called, these functions draw from the stream of the seat that calls them.
+Many seats share a process, and their code calls `random.randint`, `numpy.random.rand` and the like, which use one
+stream per process. After `install`, these functions draw from the stream of the seat that calls them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 
 class Streams:
-    """The streams of one seat, as `random.seed(seed)` and `numpy.random.seed(seed % 2**32)` begin them.
+    """The streams of one seat, seeded as by `random.seed(seed)` and `numpy.random.seed(seed % 2**32)`.
 
-    The first seed is 0: objects serve any row, so all are made with the same numbers.
+    The first seed is 0. An object serves any row, so every object is created with the same random numbers.
     """
 
     def __init__(self) -> None:
@@ -31,15 +31,15 @@ class Streams:
 
 
 CURRENT: ContextVar[Streams | None] = ContextVar("streams of the seat", default=None)
-"""The streams of the seat whose code runs. Its thread sets it, and its asynchronous calls inherit it."""
+"""The streams of the seat whose code is running. The seat's thread sets it, and its asynchronous calls inherit it."""
 
 
 @functools.cache
 def install() -> None:
-    """Let the functions of `random` and `numpy.random` draw from the current seat's streams; elsewhere as before.
+    """Make the functions of `random` and `numpy.random` draw from the current seat's streams.
 
-    Call it before code is imported that says `from random import randint`: names that were bound earlier still mean the
-    process's stream.
+    Outside a seat they draw from the process's stream as before. Call this before importing code that does
+    `from random import randint`: names that were bound earlier keep using the process's stream.
     """
     import numpy
 
@@ -53,7 +53,7 @@ def install() -> None:
 
 
 def _methods_of(owner: Any, module: Any) -> list[str]:
-    """The names in a module that are methods of one object."""
+    """Names in `module` that are bound methods of `owner`."""
     return [name for name, value in vars(module).items() if getattr(value, "__self__", None) is owner]
 
 

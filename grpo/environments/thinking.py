@@ -1,4 +1,4 @@
-"""What a model thinks before it answers, apart from what it says."""
+"""Separates a model's thinking from its answer."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from grpo.model.mlxlm import TokenizerWrapper
 
 MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
-"""Marks of thinking that mlx-lm may not name."""
+"""Marks of thinking that mlx-lm may not know."""
 
 
 @dataclass(frozen=True, slots=True)
 class Thinking:
-    """The marks around thinking, and whether a turn begins within them, because the prompt ends with the first."""
+    """The marks around thinking. `opened`: a turn begins inside them, because the prompt ends with the start mark."""
 
     start: str
     end: str
@@ -23,7 +23,7 @@ class Thinking:
 
     @classmethod
     def of(cls, tokenizer: TokenizerWrapper, generation: str) -> Thinking | None:
-        """The thinking of a model, or None if it has no marks for it. `generation` is how its turns are begun."""
+        """Return a model's marks, or None if it has none. `generation` is the rendered text that leads to its turn."""
         vocabulary = tokenizer.get_vocab()
         known = [marks for marks in MARKS if set(marks) <= set(vocabulary)]
         if tokenizer.has_thinking:
@@ -34,11 +34,11 @@ class Thinking:
         return cls(start, end).after(generation)
 
     def after(self, lead: str) -> Thinking:
-        """The same marks for a turn that follows `lead`."""
+        """Return the same marks for a turn that follows the text `lead`."""
         return Thinking(self.start, self.end, lead.rfind(self.start) > lead.rfind(self.end))
 
     def split(self, text: str) -> tuple[str | None, str]:
-        """The thinking of a turn, None if it has none, and the rest. Thinking that does not end is all of the turn."""
+        """Return a turn's thinking (None if it has none) and the rest. Thinking without an end is the whole turn."""
         before, closed, after = text.partition(self.end)
         said, begun, thought = before.partition(self.start)
         if closed:
@@ -50,5 +50,5 @@ class Thinking:
         return None, text
 
     def without(self, text: str) -> str:
-        """A rendered text without any thinking, and without the blanks around it."""
+        """Return a rendered text without thinking, and without the blanks around the thinking."""
         return re.sub(rf"\s*{re.escape(self.start)}.*?{re.escape(self.end)}\s*", "", text, flags=re.DOTALL)

@@ -1,4 +1,4 @@
-"""The tools of a conversation by the names that the model calls; mistakes in a recipe's `tools` by their entries."""
+"""The tools of a conversation, by the names that the model calls, and errors that name an entry of `tools`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from grpo.environments.describe import methods_of, place_of
 from grpo.errors import UserError
 
 CLOSE = "close"
-"""The method of a tool's class that is called when a conversation is over. (Of an environment it would be a tool.)"""
+"""The method of a tool's class that is called when a conversation ends. (An environment's `close` is a tool.)"""
 
 
 class ToolEntryError(UserError):
-    """A mistake in an entry of `tools`. Its text begins with the entry's place, as `tools.0`."""
+    """A mistake in an entry of `tools`. The message begins with the entry's place, such as `tools.0`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Maker:
-    """A class or function, and the recipe's arguments for it. `name` is how a tool that is a function is called."""
+    """A class or function, with the recipe's arguments for it. `name` is the tool's name if the tool is a function."""
 
     make: Callable[..., Any]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Maker:
 
 @dataclass(frozen=True, slots=True)
 class Makers:
-    """What each conversation's objects are made of: an environment, if there is one, and tools."""
+    """What makes the objects of each conversation: an optional environment, and tools."""
 
     environment: Maker | None
     tools: Sequence[Maker] = ()
@@ -43,9 +43,9 @@ class Makers:
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """What a name that the model may call stands for.
+    """A function that the model may call.
 
-    `owner` is the place among the recipe's tools, or None for the environment; `given` are the recipe's arguments.
+    `owner` is the index among the recipe's tools, or None for the environment; `given` are the recipe's arguments.
     """
 
     function: Callable[..., Any]
@@ -55,7 +55,7 @@ class Tool:
 
 @contextlib.contextmanager
 def of_entry(place: int, doing: str = "") -> Iterator[None]:
-    """What is raised here was raised for an entry of `tools`, by code that is not ours, while `doing` something."""
+    """Turn an exception of user code into a ToolEntryError for entry `place` of `tools`. `doing` says during what."""
     try:
         yield
     except BaseException as error:  # SystemExit, too
@@ -63,10 +63,11 @@ def of_entry(place: int, doing: str = "") -> Iterator[None]:
 
 
 def tools_of(environment: Any, makers: Sequence[Maker], owned: Sequence[Any]) -> dict[str, Tool]:
-    """By name: those of the recipe first, as TRL has it, then the environment's methods.
+    """Return the tools by name: the recipe's tools first, as in TRL, then the environment's methods.
 
-    `owned` are the objects of the recipe's tools that are classes, and None for functions. Raises ToolEntryError for an
-    entry that offers nothing, for arguments that a function does not have, and for a name that is there already.
+    `owned` has an object for each of the recipe's tools that is a class, and None for each function. Raises
+    ToolEntryError for an entry that offers no tool, for arguments that a function does not have, and for a name that is
+    used twice.
     """
     found: dict[str, Tool] = {}
     for place, (maker, instance) in enumerate(zip(makers, owned, strict=True)):
@@ -95,14 +96,14 @@ def _of_object(place: int, instance: Any) -> dict[str, Tool]:
     names = [name for name in methods_of(instance) if name != CLOSE]
     if not names:
         raise ToolEntryError(
-            f"tools.{place}: {type(instance).__name__}{place_of(type(instance))} has no public method, so it offers "
-            "the model nothing to call"
+            f"tools.{place}: {type(instance).__name__}{place_of(type(instance))} has no public method for the model to "
+            "call"
         )
     return {name: Tool(getattr(instance, name), place) for name in names}
 
 
 def _twice(place: int | None, name: str, other: str) -> str:
     return (
-        f"tools.{place}: two tools are called {name!r}, one of this entry and one of {other}, and a model could not "
-        "tell them apart: rename one"
+        f"tools.{place}: two tools are named {name!r}, one in this entry and one in {other}. The model could not tell "
+        "them apart: rename one of them"
     )

@@ -1,6 +1,6 @@
-"""Tool calls in what a model said: how each family writes them, in one table.
+"""Parsers for tool calls in a model's turn, in one table of the formats of model families.
 
-The families that mlx-lm knows are read by its own parsers. A call that cannot be parsed stays the text that it is.
+Families that mlx-lm knows are read by mlx-lm's own parsers. A call that cannot be parsed remains text.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any
 from grpo.data.rendering import Schema
 
 Call = dict[str, Any]
-"""`name` and `arguments` (a dict), and `id` where the model wrote one."""
+"""`name` and `arguments` (a dict), and `id` if the model wrote an id."""
 Parser = Callable[[str, Sequence[Schema]], Any]
-"""Makes a call, or a list of calls, of the text between the marks of a call. It may raise anything, and return any."""
+"""Parses the text between the marks of a call into a call or a list of calls. It may raise and return anything."""
 CLOSINGS = 8
-"""How many closing marks are tried for a call: an argument may hold the mark as text."""
+"""How many closing marks to try for a call, because an argument may contain the mark as text."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedTurn:
-    """What a turn says: `content`, `calls` in their order, and `reasoning`, None if it has none."""
+    """A parsed turn: `content`, `calls` in their order, and `reasoning` (None if there is no reasoning)."""
 
     content: str
     calls: tuple[Call, ...] = ()
@@ -35,14 +35,15 @@ class ParsedTurn:
 
 @dataclass(frozen=True, slots=True)
 class CallFormat:
-    """A way to write calls. `read` never raises."""
+    """A format of tool calls. `read` never raises."""
 
     name: str
     read: Callable[[str, Sequence[Schema]], ParsedTurn]
 
 
 def between(name: str, start: str, end: str, parse: Parser) -> CallFormat:
-    """Calls between marks; without an `end` a call goes on to the next `start`, or to the end of the turn."""
+    """Return the format of calls between marks. With an empty `end`, a call extends to the next `start`, or to the end
+    of the turn."""
 
     def read(text: str, tools: Sequence[Schema]) -> ParsedTurn:
         rest, calls, at = [], [], 0
@@ -59,7 +60,7 @@ def between(name: str, start: str, end: str, parse: Parser) -> CallFormat:
 
 
 def _closed(text: str, inner: int, start: str, end: str, parsed: Callable[[str], list[Call]]) -> tuple[list[Call], int]:
-    """The calls that begin at `inner`, none if they cannot be parsed, and where the text after them begins."""
+    """Return the calls that begin at `inner` (empty if they cannot be parsed) and the position after them."""
     if not end:
         close = text.find(start, inner)
         close = len(text) if close < 0 else close
@@ -75,12 +76,12 @@ def _closed(text: str, inner: int, start: str, end: str, parsed: Callable[[str],
 
 
 def calls_of(parse: Parser, text: str, tools: Sequence[Schema]) -> list[Call]:
-    """The calls that a parser makes of a text; none unless each has a name, and arguments by name."""
+    """Return the calls that a parser finds in a text; empty unless each call has a name and named arguments."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # Python's parser may have something to say of its style
+        with warnings.catch_warnings(action="ignore"):  # Python's parser may warn about the style of the text
             found = parse(text, tools)
-        json.dumps(found)  # Python's literals know more than a schema does
-    except Exception:  # whatever the model wrote: it is no call
+        json.dumps(found)  # Python literals may have values that JSON does not have
+    except Exception:  # the model may write anything: this is not a call
         return []
     given = found if isinstance(found, list) else [found]
     calls = [call for call in map(_call, given) if call is not None]
@@ -109,7 +110,7 @@ def _json(text: str, tools: Sequence[Schema]) -> Any:  # noqa: ARG001
 
 
 def _python_calls(text: str) -> list[Call]:
-    """`[f(a=1), g()]`. Raises for anything else."""
+    """Parse `[f(a=1), g()]`. Raises for anything else."""
     listed = ast.parse(text.strip(), mode="eval").body
     if not isinstance(listed, ast.List):
         raise ValueError(text)
@@ -124,7 +125,7 @@ def _python_call(node: ast.expr) -> Call:
 
 
 def _json_calls(text: str) -> list[Any]:
-    """JSON objects one after another, with blanks or semicolons between them. Raises for anything else."""
+    """Parse consecutive JSON objects, separated by blanks or semicolons. Raises for anything else."""
     decoder, found, at = json.JSONDecoder(strict=False), [], 0
     while at < len(text):
         one, at = decoder.raw_decode(text, at)
@@ -137,7 +138,7 @@ def _json_calls(text: str) -> list[Any]:
 
 
 def _llama(text: str, tools: Sequence[Schema]) -> ParsedTurn:
-    """Llama 3: a turn is an answer, or all calls, as JSON or in Python; a tag may lead to them."""
+    """Parse a turn of Llama 3: either an answer, or only calls, as JSON or Python. A tag may precede the calls."""
     before, tag, after = text.partition("<|python_tag|>")
     written = (after if tag else before).strip()
     parse = _python_calls if written.startswith("[") else _json_calls
@@ -150,7 +151,7 @@ _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
 
 
 def _harmony(text: str, tools: Sequence[Schema]) -> ParsedTurn:
-    """gpt-oss: messages on channels. Calls go to a recipient, thinking is on `analysis`, the rest is for the reader."""
+    """Parse a turn of gpt-oss: messages on channels. Calls have a recipient, and thinking is on `analysis`."""
     said, thought, calls = [], [], []
     for message in re.split(r"<\|start\|>(?:assistant)?", text):
         header, mark, body = message.partition("<|message|>")
@@ -178,4 +179,4 @@ FORMATS = (
     between("JSON in [TOOL_CALLS]", "[TOOL_CALLS]", "", _json),
     CallFormat("Llama 3 (JSON, or Python)", _llama),
 )
-"""Tried in this order, after mlx-lm's own parser, at the start: the first that reads what the template writes is it."""
+"""Formats to try, in this order, after mlx-lm's own parser: the first that reads back the template's calls is used."""

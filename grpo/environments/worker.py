@@ -1,8 +1,8 @@
-"""The process in which environments live. Started as a script; it imports nothing of MLX.
+"""The process in which environments live. It is started as a script and does not import MLX.
 
-Its first message says where things are, pickled: `{path, name, environment, tools, describes}`; the reply, what they
-are. Then come requests, pickled, and replies in JSON, in any order: each has the number of its request. What is printed
-goes to standard output and error; the messages have a socket of their own.
+The first message, pickled, says what to load: `{path, name, environment, tools, describes}`. The reply describes what
+was loaded. After that, requests are pickled and replies are JSON. Replies come in any order; each carries the number of
+its request. Messages use a separate socket, so environments may print to standard output and error.
 """
 
 import faulthandler
@@ -16,23 +16,23 @@ from typing import Any
 
 
 def main(descriptor: int) -> None:
-    """Serve requests until the trainer is gone."""
+    """Serve requests until the trainer exits."""
     channel = socket.socket(fileno=descriptor)
     channel.set_inheritable(False)
-    sys.path[:0] = [sys.argv[2]]  # where this package is
+    sys.path[:0] = [sys.argv[2]]  # the folder of this package
     from grpo.processes.channel import receive
 
     faulthandler.enable()
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # or prints would come when it ends
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # or prints would only appear at exit
     try:
         setup = pickle.loads(receive(channel))
-    except ConnectionError:  # the trainer is gone before it began
+    except ConnectionError:  # the trainer exited before sending anything
         os._exit(0)
     sys.path[:] = setup["path"]
     reply = _Replies(channel)
     try:
         chairs, hello = _load(setup, reply)
-    except BaseException as error:  # whatever their code does when it is imported
+    except BaseException as error:  # importing user code may raise anything
         reply({"error": _in_short(error)})
         return
     reply(hello)
@@ -40,12 +40,12 @@ def main(descriptor: int) -> None:
         try:
             request = pickle.loads(receive(channel))
         except ConnectionError:
-            os._exit(0)  # threads that hang keep nothing alive
+            os._exit(0)  # do not wait for threads that hang
         chairs.handle(request)
 
 
 class _Replies:
-    """Sends replies, one at a time, from whatever thread. With nobody left to read them the process ends silently."""
+    """Sends replies, one at a time, from any thread. If the trainer is gone, the process exits silently."""
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel, self._lock, self._own = channel, threading.Lock(), os.getpid()
@@ -53,7 +53,7 @@ class _Replies:
     def __call__(self, message: dict[str, Any]) -> None:
         from grpo.processes.channel import send
 
-        if os.getpid() != self._own:  # a tool forked and returned twice: a second reply would pass for the next call's
+        if os.getpid() != self._own:  # a tool forked and returned twice: the second reply would answer the next call
             os._exit(0)
         text = json.dumps(message, default=str).encode()
         with self._lock:
@@ -66,7 +66,7 @@ class _Replies:
 def _load(setup: dict[str, Any], reply: _Replies) -> tuple[Any, dict[str, Any]]:
     from grpo.environments.streams import install
 
-    install()  # before their files are imported
+    install()  # before user files are imported
     from grpo.environments.chairs import Chairs
     from grpo.environments.toolbox import Maker, Makers
 

@@ -1,4 +1,4 @@
-"""A conversation as JSON, in the files of a run, and back."""
+"""Conversations to and from JSON, for the files of a run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from grpo.backend.secrets import masked
 from grpo.types import Conversation, Failure
 
 TOLD = tuple(field.name for field in fields(Conversation) if field.name not in ("failure", "home"))
-"""The fields of a conversation that are written as they are."""
+"""The fields of a conversation that are written unchanged."""
 
 
 def written(talk: Conversation | None) -> str | None:
-    """The conversation as JSON without its home and without secrets: what tools answer may quote anything."""
+    """Return the conversation as JSON, without its home, and with secrets masked, because tools may quote anything."""
     if talk is None:
         return None
     plain = {name: getattr(talk, name) for name in TOLD}
@@ -23,7 +23,7 @@ def written(talk: Conversation | None) -> str | None:
 
 
 def conversation(text: str | None) -> Conversation | None:
-    """The inverse of `written`. Fields of later versions are left out."""
+    """Return the conversation that `written` wrote. Fields of later versions are ignored."""
     if text is None:
         return None
     said: dict[str, Any] = json.loads(text)

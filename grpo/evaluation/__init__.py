@@ -1,1 +1,1 @@
-"""Accuracy on held-out prompts: the evaluator, majority votes, and intervals."""
+"""Accuracy on held-out prompts: evaluator, majority votes, and intervals."""

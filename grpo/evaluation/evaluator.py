@@ -1,4 +1,4 @@
-"""Evaluation on held-out prompts: greedy, avg@k, pass@k and maj@k, with intervals, and no logprobs."""
+"""Evaluation on held-out prompts: greedy, avg@k, pass@k and maj@k, with intervals."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ log = logging.getLogger(__name__)
 
 RESAMPLES = 1000
 Z = 1.959963984540054
-"""Standard deviations within which 95 % of a normal distribution lie."""
+"""Half the width of a normal distribution's central 95 % interval, in standard deviations."""
 
 
 class Evaluator:
     """Measures a policy on fixed prompts.
 
-    A completion is right when the recipe's first reward gives it 1 or more; in a recipe without reward functions that
-    is its environment's own reward. It is left out when that function gives no score (None: it does not apply), and
-    counted as not right when that reward or the environment failed on it: what nobody could check is not a right
-    answer, and to leave it out would turn one right answer and three timeouts into 100 %. A conversation that its
-    environment did not reward is not right either: it was cut off, or never did what is rewarded.
-    Of several processes each samples and scores some of the prompts (`Deal`), and all measure the same.
+    A completion is right if the grader gives it 1 or more. The grader is the first reward that scores the held-out
+    prompts, or the environment's own reward if there is none. A completion without a score (None: the reward does not
+    apply) is left out. A completion on which the grader or the environment failed counts as wrong: leaving it out would
+    turn one right answer and three timeouts into 100 %. A conversation that its environment did not reward counts as
+    wrong, too: it was truncated, or never did what the environment rewards.
+
+    With several processes, each process samples and scores some of the prompts (`Deal`), and all get the same metrics.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Evaluator:
         seed: int,
         ranks: Ranks | None = None,
     ) -> None:
-        """`temperature` is that of the samples (greedy answers are measured besides); draws come from `seed`."""
+        """`temperature` is for the samples (greedy answers are measured in addition); draws derive from `seed`."""
         self.samples, self.temperature, self.seed = cfg.samples, temperature, seed
         self.tasks, self.engine, self.scorer = tasks, engine, scorer
         self.graders = scorer.graders("eval")
@@ -59,21 +60,21 @@ class Evaluator:
 
     @property
     def _own(self) -> bool:
-        """Whether environments grade their own conversations, because no reward function scores them."""
+        """Whether environments grade their own conversations because no reward function scores the prompts."""
         return not set(self.graders) & set(self.scorer.rewards)
 
     @property
     def names(self) -> list[str]:
-        """What is always measured, all of it the better the higher; what rewards log comes to it."""
+        """The metrics of every evaluation, for all of which higher is better; metrics that rewards log are extra."""
         sampled = [f"avg@{self.samples}", *(f"pass@{k}" for k in self._ks()), f"maj@{self.samples}"]
         return ["greedy", *sampled, *(f"rewards/{name}" for name in self.scorer.weights)]
 
     def __call__(self, step: int) -> EvalMetrics:
-        """Measure the policy as it is, before (0) or after `step`. The draws are the same at every step."""
+        """Measure the current policy, after `step` (0: before training). The draws are the same at every step."""
         return self.measured(step)[0]
 
     def measured(self, step: int) -> tuple[EvalMetrics, list[Group]]:
-        """The same, and the groups that were sampled at the temperature, scored."""
+        """The metrics, and the scored groups that were sampled at `temperature`."""
         greedy = self._sampled(1, 0.0)
         sampled = self._sampled(self.samples, self.temperature)
         right = [graded for group in sampled if (graded := self._graded(group))]
@@ -89,7 +90,7 @@ class Evaluator:
         rollouts = [rollout for group in (*greedy, *sampled) for rollout in group.rollouts]
         known = any(self._score(rollout) is not None for rollout in rollouts)
         if not known and self._own and not all(map(self._failed, rollouts)):
-            log.warning("evaluation: %s. They count as not right", unrewarded(self.graders, [*greedy, *sampled]))
+            log.warning("evaluation: %s. They count as wrong", unrewarded(self.graders, [*greedy, *sampled]))
         elif not measured["greedy"] or not solved or not known:
             what = "environment's own reward" if self._own else "first reward"
             raise RunError(f"evaluation: the {what}, {self.grader!r}, scored no completion: {self._why_none(rollouts)}")
@@ -105,35 +106,34 @@ class Evaluator:
         return metrics, sampled
 
     def _why_none(self, rollouts: Sequence[Rollout]) -> str:
-        """What the grader did with completions of which none counts, and what to do."""
+        """The end of the error if no completion has a score: what the grader did, and what to do."""
         failed = sum(map(self._failed, rollouts))
         without = sum(self._score(rollout) is None for rollout in rollouts) - failed
         did = [f"failed on {failed}"] * bool(failed) + [f"returned None for {without}"] * bool(without)
         if self._own:
-            return f"it {did[0]}, and those are all conversations. See what it raises"
+            return f"it {did[0]}, which are all conversations. Look at the exception that it raises"
         return (
-            f"of {len(rollouts)} it {' and '.join(did)}. An evaluation counts the completions that the first of "
-            "`rewards` gives 1 or more: put one first that scores the held-out rows, or try this one out (grpo rewards "
-            "test)"
+            f"of {len(rollouts)} completions it {' and '.join(did)}. An evaluation counts the completions to which the "
+            "first of `rewards` gives 1 or more: put a reward first that scores the held-out rows, or test this reward "
+            "(grpo rewards test)"
         )
 
     def _score(self, rollout: Rollout) -> float | None:
-        """What the grader gave a completion; each environment grades its own conversations."""
+        """The grader's score of a completion; each environment grades its own conversations."""
         return next((score for name in self.graders if (score := rollout.scores[name]) is not None), None)
 
     def _failed(self, rollout: Rollout) -> bool:
-        """Whether the grader failed on a completion, or had nothing whole to grade because the environment failed."""
+        """Whether the grader failed on a completion, or could not grade it because the environment failed."""
         conversation = rollout.trajectory.conversation
         broke = conversation is not None and conversation.failure is not None
         return broke or any(name in rollout.failures for name in self.graders)
 
     def _ks(self) -> list[int]:
-        """1 < k < samples by powers of two, and the number of samples."""
+        """The powers of two k with 1 < k < samples, then the number of samples."""
         return [k for k in (2**i for i in range(1, self.samples.bit_length())) if k < self.samples] + [self.samples]
 
     def _sampled(self, n: int, temperature: float) -> list[Group]:
-        """All groups, scored. A prompt's draws are its own: they depend neither on who samples it nor on
-        `eval.prompts`."""
+        """All groups, scored. A prompt's draws depend neither on the process that samples it nor on `eval.prompts`."""
         seeds = [derive_seed(self.seed, "eval", n, task.index) for task in self.tasks]
         deal = self.engine.deal(self.ranks, len(self.tasks), n)
         with scoring_once(self.scorer, self.tasks, self.ranks) as scoring:
@@ -142,8 +142,8 @@ class Evaluator:
         return deal.merge(scored)
 
     def _graded(self, group: Group) -> list[tuple[Rollout, bool]]:
-        """The completions that the grader applies to, and whether they are right; where it failed they are not, nor
-        where an environment did not reward its conversation."""
+        """The completions to which the grader applies, and whether each is right. A failed grading counts as wrong, and
+        so does a conversation that its environment did not reward."""
         scores = [(rollout, self._score(rollout)) for rollout in group.rollouts]
         return [
             (rollout, score is not None and score >= SOLVED)
@@ -153,18 +153,19 @@ class Evaluator:
 
 
 def pass_at(k: int, n: int, correct: int) -> float:
-    """The chance that one of `k` samples is right, estimated without bias from `n` of which so many were.
+    """The unbiased estimate of the probability that at least one of `k` samples is right, from `n` samples of which
+    `correct` are right.
 
-    Chen et al. 2021 (arXiv 2107.03374), equation 1. With fewer than `k` samples it is the chance for `n`.
+    Chen et al. 2021 (arXiv 2107.03374), equation 1. With fewer than `k` samples, the probability for `n` samples.
     """
     k = min(k, n)
     return 1 - comb(n - correct, k) / comb(n, k)
 
 
 def _voted(graded: Sequence[tuple[Rollout, bool]]) -> float:
-    """Whether the answer that most completions give is right (self-consistency, arXiv 2203.11171).
+    """1 if the most common answer is right, else 0 (self-consistency, arXiv 2203.11171).
 
-    It is if it was found right in any of them: the grader may have failed on the others.
+    The answer is right if any completion with it was graded right: the grader may have failed on the others.
     """
     answers = [final_answer(said_in(rollout.trajectory)) for rollout, _ in graded]
     chosen = answers[majority(answers)]
@@ -172,8 +173,8 @@ def _voted(graded: Sequence[tuple[Rollout, bool]]) -> float:
 
 
 def _logged(groups: Sequence[Group]) -> list[str]:
-    """The metrics that rewards logged of single completions, as `math_answer` does of strict and lenient matches, and
-    those of agents."""
+    """The names of metrics that rewards logged for single completions (such as the strict and lenient matches of
+    `math_answer`), and of metrics that agents returned."""
     return sorted({name for group in groups for rollout in group.rollouts for name in _told(rollout)})
 
 
@@ -186,15 +187,15 @@ def _scores(rollout: Rollout) -> Mapping[str, float | None]:
 
 
 def _means(groups: Sequence[Group], of: Callable[[Rollout], Mapping[str, float | None]], name: str) -> list[float]:
-    """Each prompt's mean of what is known of its completions by a name, without the prompts that have nothing."""
+    """Each prompt's mean of a named value over its completions, without prompts that have no value."""
     known = [[of(rollout).get(name) for rollout in group.rollouts] for group in groups]
     return [fmean(values) for row in known if (values := [value for value in row if value is not None])]
 
 
 def interval(values: Sequence[float], seed: int) -> tuple[float, float]:
-    """The 95 % interval of a mean over prompts: Wilson's where each value is 0 or 1, else the bootstrap's.
+    """The 95 % interval of a mean over prompts: Wilson's if each value is 0 or 1, else the bootstrap's.
 
-    The bootstrap has no width where all values are equal, such as at 0 and 100 %.
+    The bootstrap interval has width 0 if all values are equal, for example at 0 or 100 %.
     """
     if all(value in (0.0, 1.0) for value in values):
         return wilson_interval(sum(values), len(values))
@@ -202,8 +203,8 @@ def interval(values: Sequence[float], seed: int) -> tuple[float, float]:
 
 
 def hidden_by_failures(metrics: EvalMetrics, name: str) -> float:
-    """How much higher a metric would be at most, had every grading that failed been right. A completion counts 1 / k of
-    its prompt in `avg@k`, and in the others all of it."""
+    """The maximum increase of a metric if every failed grading had been right. A completion counts as 1 / k of its
+    prompt in `avg@k`, and as the whole prompt in the other metrics."""
     kind, _, k = name.partition("@")
     return metrics.failed_gradings / (metrics.n * (int(k) if kind == "avg" else 1))
 

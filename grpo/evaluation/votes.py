@@ -1,4 +1,4 @@
-"""What a completion answers, for majority votes: the same answer in other words is the same vote."""
+"""Extracts final answers for majority votes; answers that differ only in format count as the same vote."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BOXED, NUMBER = "\\boxed{", re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
 def final_answer(text: str) -> str:
-    r"""The last `\boxed{...}`; or what follows the last `####`; or the last number; or the whole text."""
+    r"""The last `\boxed{...}`, or else the text after the last `####`, the last number, or the whole text."""
     if BOXED in text:
         return _normal(_inside_braces(text.rpartition(BOXED)[2]))
     if "####" in text:
@@ -20,12 +20,12 @@ def final_answer(text: str) -> str:
 
 
 def majority(answers: Sequence[str]) -> int:
-    """The place of the first of the answers that most agree on; of equally common ones the earliest."""
+    """The index of the first occurrence of the most common answer; of equally common answers, the earliest."""
     return answers.index(Counter(answers).most_common(1)[0][0])
 
 
 def _inside_braces(text: str) -> str:
-    """The text up to the brace that closes one opened before it."""
+    """The text up to the closing brace of the group that was opened before the text."""
     depth = 1
     for place, character in enumerate(text):
         depth += {"{": 1, "}": -1}.get(character, 0)
@@ -35,7 +35,7 @@ def _inside_braces(text: str) -> str:
 
 
 def _normal(answer: str) -> str:
-    """Without spaces, thousands' commas, signs of currency, or a full stop; a number as the shortest text of it."""
+    """The answer without spaces, commas, dollar signs or a final period, in lower case; numbers in shortest form."""
     plain = re.sub(r"[\s,$]", "", answer).rstrip(".").lower()
     try:
         return f"{float(plain):.12g}"

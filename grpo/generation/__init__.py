@@ -1,1 +1,1 @@
-"""The batched generator: many prompts, many completions of each, through a fixed number of slots."""
+"""The batched generator: several completions for each of many prompts, through a fixed number of slots."""

@@ -1,8 +1,8 @@
-"""Attention of a row's newest tokens over its prompt and over what it has decoded.
+"""Attention of a row's newest tokens over its prompt and over the tokens that it has decoded.
 
-`StockAttention` is made of stock MLX operations and is right everywhere; `FusedRowAttention` takes MLX's fused
-attention for a row that is alone; `grpo.generation.cuda_attention` has kernels. All go by the same interface, and each
-is tried against the model before it is used.
+`StockAttention` uses stock MLX operations and works everywhere; `FusedRowAttention` uses MLX's fused attention for a
+single row; `grpo.generation.cuda_attention` has CUDA kernels. All implement `Attention`, and each is compared with the
+model's forward pass before it is used.
 """
 
 from __future__ import annotations
@@ -18,41 +18,44 @@ from grpo.generation.products import few_rows, padded
 from grpo.generation.slots import WIDEST, Layout, View, Where
 
 MASKED = -1e30
-"""Score of what a row may not see. Finite, so that a row without any prompt gives no NaN."""
+"""Score of a column that a row must not see. Finite, so that a row without a prompt does not give NaN."""
 
 
 class Attention(Protocol):
-    """How decoding reads and writes the buffers. S slots of W tokens, HQ query heads, H heads of keys
-    and values."""
+    """How decoding reads and writes the buffers.
+
+    S slots with W tokens each, HQ query heads, H heads of keys and values, of widths D and E.
+    """
 
     overlaps: bool
-    """Whether a step may be launched while the one before it still runs, without MLX copying the buffers."""
+    """Whether a step may be launched while the previous step still runs, without MLX copying the buffers."""
     widest: int
-    """The most tokens of a row that a step may feed."""
+    """The largest number of tokens per row that a step may feed."""
 
     def attend(
         self, layer: Layer, queries: mx.array, keys: mx.array, values: mx.array, scale: float, view: View
     ) -> mx.array:
-        """Write this step's keys and values into the slots' columns, and attend over the prompt and them.
+        """Write this step's keys and values into the slots' columns, then attend over the prompt and these columns.
 
-        queries `[S, HQ, W, D]`, keys `[S, H, W, D]`, values `[S, H, W, E]`; returns `[S, HQ, W, E]` of the queries'
-        dtype.
+        queries `[S, HQ, W, D]`, keys `[S, H, W, D]`, values `[S, H, W, E]`; returns `[S, HQ, W, E]` in the dtype of the
+        queries.
         """
         ...
 
     def attend_joined(self, layer: Layer, qkv: mx.array, block: Block, blocks: Blocks, view: View | Where) -> mx.array:
-        """The same from a block's product `[S · W, (HQ + 2H) · D]`, normed and rotated first: `[S · W, HQ · D]`.
+        """Normalize and rotate a block's joined product `[S · W, (HQ + 2H) · D]`, then attend: `[S · W, HQ · D]`.
 
-        Rows behind those, if there are any, come back as zeros. Kernels that overlap steps are content with a `Where`.
+        `qkv` may have more than S · W rows: the result has zeros for them. Kernels that overlap steps need only a
+        `Where`.
         """
         ...
 
 
 class StockAttention:
-    """By stock operations: the prompt's part as one product for each group, the rest for each slot.
+    """Attention by stock operations: one product per group over the prompt, one per slot over the decoded columns.
 
-    Both take their exponentials relative to one maximum, so that they are put together by adding them and no prompt is
-    ever repeated for its rows.
+    Both parts compute exponentials relative to the same maximum, so that their sums can simply be added, and no prompt
+    is ever repeated for its rows.
     """
 
     overlaps = False  # MLX writes into a buffer only when no step in flight holds it
@@ -77,7 +80,7 @@ class StockAttention:
         heads, repeats = keys.shape[1], query_heads // keys.shape[1]
         layer.write(view, keys, values)
         few = few_rows(repeats)
-        # Products of few rows, the same ones however many tokens there are: [S, H, W · repeats / few, few, D].
+        # Products of `few` rows, however many tokens there are: [S, H, W · repeats / few, few, D].
         grouped = (queries * (scale * exponents_unit())).reshape(slots, heads, repeats, tokens, width)
         grouped = grouped.swapaxes(2, 3).reshape(slots, heads, -1, few, width)
         total, weight = _weighed(layer, grouped, view, view.own(repeats // few))
@@ -86,10 +89,10 @@ class StockAttention:
 
 
 class FusedRowAttention(StockAttention):
-    """By MLX's fused attention where a row is alone, by the stock way otherwise.
+    """MLX's fused attention for a single row, `StockAttention` for several rows.
 
-    One row needs no array as a mask, and without one `mx.fast.scaled_dot_product_attention` stays fused on a GPU. Its
-    prompt and its own columns are put one behind the other for that, which copies one row's keys and values.
+    A single row needs no array mask, and without an array mask `mx.fast.scaled_dot_product_attention` stays fused on a
+    GPU. It needs the prompt and the row's own columns in one array, which copies one row's keys and values.
     """
 
     def attend(
@@ -100,9 +103,9 @@ class FusedRowAttention(StockAttention):
         layer.write(view, keys, values)
         row = view.first_row
 
-        def joined(prefix: mx.array, own: mx.array) -> mx.array:
+        def joined(prefix: mx.array, columns: mx.array) -> mx.array:
             prompt = prefix[row.place : row.place + 1, :, : row.length]
-            return mx.concatenate([prompt, own[:, :, : row.decoded + view.fed]], axis=2)
+            return mx.concatenate([prompt, columns[:, :, : row.decoded + view.fed]], axis=2)
 
         everything = joined(layer.prefix_keys, layer.keys), joined(layer.prefix_values, layer.values)
         mask = "causal" if view.fed > 1 else None
@@ -135,23 +138,23 @@ def _by_head(rows: mx.array, slots: int, tokens: int, heads: int) -> mx.array:
 
 
 def _weighed(layer: Layer, queries: mx.array, view: View, visible: mx.array) -> tuple[mx.array, mx.array]:
-    """The values of all that a token sees by their weights, and the sum of these, fp32: `[S, H, p, few, E or 1]`.
+    """The weighted sum of all values that a token sees, and the sum of the weights, fp32: `[S, H, p, few, E or 1]`.
 
-    queries `[S, H, p, few, D]` are scaled and in units of `exp_of`; visible `[S, 1, p or 1, 1, width]`. A token
-    always sees its own column, so that the greatest score is never a masked one.
+    queries `[S, H, p, few, D]` are scaled and in units of `exp_of`; visible `[S, 1, p or 1, 1, width]`. A token always
+    sees its own column, so the maximum is never a masked score.
     """
     scores = _scores(layer.scores(queries, view.width), visible)
     highest = scores.max(axis=-1, keepdims=True)
     if not view.prefix:
         weights = exp_of(scores - highest)
         return layer.weighed(weights), weights.sum(axis=-1, keepdims=True)
-    # Only products go through the grid: where groups differ in size, most of its cells are empty.
+    # Only products go through the grid: if groups differ in size, most of its cells are empty.
     grid = _Grid(view.layout, queries)
     prompts = _scores(grid.back(layer.prompt_scores(grid.to(queries))), view.prompt)
     highest = mx.maximum(highest, prompts.max(axis=-1, keepdims=True))
-    weights, theirs = exp_of(scores - highest), exp_of(prompts - highest)
-    total = layer.weighed(weights) + grid.back(layer.prompts_weighed(grid.to(theirs)))
-    return total, weights.sum(axis=-1, keepdims=True) + theirs.sum(axis=-1, keepdims=True)
+    weights, prompt_weights = exp_of(scores - highest), exp_of(prompts - highest)
+    total = layer.weighed(weights) + grid.back(layer.prompts_weighed(grid.to(prompt_weights)))
+    return total, weights.sum(axis=-1, keepdims=True) + prompt_weights.sum(axis=-1, keepdims=True)
 
 
 def _scores(scores: mx.array, visible: mx.array) -> mx.array:
@@ -159,7 +162,7 @@ def _scores(scores: mx.array, visible: mx.array) -> mx.array:
 
 
 class _Grid:
-    """Takes what slots have, `[S, H, p, few, n]`, to their groups' places, `[M, H, G · p · few, n]`, and back."""
+    """Rearranges arrays of slots, `[S, H, p, few, n]`, by their prefix places, `[M, H, G · p · few, n]`, and back."""
 
     def __init__(self, layout: Layout, queries: mx.array) -> None:
         self._layout, self._shape = layout, queries.shape[1:4]

@@ -1,7 +1,8 @@
-"""Decoding through mlx-lm's own batch caches, for models that keep more than plain keys and values.
+"""Decoding through mlx-lm's own batch caches, for models that cache more than plain keys and values.
 
-Sliding windows, recurrent state and latent attention have caches that know how to be padded, joined and filtered;
-prompts are copied for each row, and joining a row copies what is there. Slower than shared prefixes, but right.
+The caches for sliding windows, recurrent state and latent attention support padding, joining and filtering. Each row
+has its own copy of the prompt, and joining a row copies the whole batch. This is slower than shared prefixes, but it
+works for every architecture.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from grpo.model.tensor import is_divided
 
 
 class BatchCaches:
-    """A model by its own forward pass and mlx-lm's batch caches.
+    """Decoding by a model's own forward pass and mlx-lm's batch caches.
 
-    Unless `joined`, rows go through the model one by one: some models (Gemma 2) take no masks of several rows.
+    Without `joined`, rows go through the model one by one: some models (Gemma 2) do not accept a mask for several rows.
     """
 
-    narrow: str | None = "caches of this kind cannot take tokens back that turn out wrong"
+    narrow: str | None = "mlx-lm's batch caches cannot take back tokens that turn out to be wrong"
 
     def __init__(
         self, model: nn.Module, vocabulary: int, joined: bool = True, why: str = "", refused: tuple[str, ...] = ()
     ) -> None:
-        """`why` says what keeps the model from sharing prompts."""
+        """`why` is the reason why rows cannot share prompts; `refused`: see `Decoding`."""
         self.model = model
         self.vocabulary = vocabulary
         self.joined = joined
@@ -38,10 +39,10 @@ class BatchCaches:
         self.lockstep = is_divided(model)
 
     side_by_side = False
-    """It runs the model's own code, which may keep things of its own between two layers."""
+    """Never: the model's own code runs, which may keep state from one layer to the next."""
 
     def refresh(self) -> None:
-        """Nothing to do: the model is what it is."""
+        """Nothing to do: decoding uses the model's own arrays."""
 
     def open(self, size: Size) -> Session:
         return BatchCachesSession(self.model, size.slots, self.joined)
@@ -50,10 +51,10 @@ class BatchCaches:
         session.close()
 
     def forget(self) -> None:
-        """Nothing to do: no weight is held."""
+        """Nothing to do: this object holds no weights."""
 
     def memory(self, slots: int, places: int, prompt: int, completion: int, entering: int | None = None) -> int:
-        """From what one row holds at two lengths: each row has its own, and each prompt that waits for its rows."""
+        """Bytes, extrapolated from the caches of one row at two lengths, for each row and each prompt that waits."""
         fixed, per_token = self._sizes
         held = (slots + places) * fixed + (slots * (prompt + completion) + places * prompt) * per_token
         return int(held) + (entering or 0)
@@ -64,7 +65,7 @@ class BatchCaches:
 
     @cached_property
     def _sizes(self) -> tuple[float, float]:
-        """Bytes of a row, and more for each of its tokens. Caches grow by 256 columns."""
+        """Bytes per row, and bytes per token of a row. Caches grow by 256 columns."""
         short, long = (
             sum(cache.nbytes for cache in prefilled(self.model, [[0] * (columns + 1)])) for columns in (256, 512)
         )

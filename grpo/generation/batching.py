@@ -1,4 +1,4 @@
-"""Continuous batching: a row takes a free slot, gets a token or more a step, and leaves its slot when it ends."""
+"""Continuous batching: a row enters a free slot, gets one or more tokens per step, and leaves its slot when it ends."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from grpo.types import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A step that the device computes: its draws, and the row of each slot. A row that left is None.
+    """A step that the device computes: the tokens that it draws, and the row of each slot; None if the row has left.
 
-    `fed` is None where each slot was fed its last token. A wide step was fed several, of which all but the first are
-    drafts: what is drawn behind a draft counts as long as all drafts before it were what was drawn.
+    A plain step feeds each slot its last token, and `fed` is None. A wide step feeds several tokens per slot, of which
+    all but the first are drafts: a token drawn after a draft counts only if all drafts up to there were drawn.
     """
 
     rows: list[Row | None]
@@ -44,8 +44,8 @@ class _Step:
 class Run:
     """Moves rows through the slots and reads their tokens. Frees all buffers once no row can decode any more.
 
-    One step is computed on the device (`_flying`) while the host prepares the next. What a wide step is fed depends on
-    the tokens before it, so that step is prepared only when the one before has been read.
+    The device computes one step (`_flying`) while the host prepares the next. The drafts of a wide step depend on the
+    tokens before it, so the host prepares a wide step only after it has read the previous step.
     """
 
     def __init__(
@@ -63,12 +63,12 @@ class Run:
 
     @property
     def busy(self) -> bool:
-        """Whether a row decodes or is queued, or a step has not been read yet."""
+        """Whether a row is decoding or queued, or a step has not been read yet."""
         return bool(self.seats.queue or self._flying or any(self.seats.rows))
 
     @property
     def load(self) -> int:
-        """Rows that decode or are queued."""
+        """The number of rows that are decoding or queued."""
         return len(self.seats.queue) + sum(row is not None for row in self.seats.rows)
 
     def begin(self, row: Row) -> None:
@@ -76,13 +76,13 @@ class Run:
         self._live[row] = None
         self.seats.enqueue(row)
 
-    def go_on(self, row: Row) -> None:
+    def resume(self, row: Row) -> None:
         """Queue a row that was waiting or parked."""
         self.seats.away -= 1
         self.seats.enqueue(row)
 
     def park(self, row: Row) -> None:
-        """Take a row out of its slot or the queue. Call `drain` first if the row decodes."""
+        """Take a row out of its slot or the queue. If the row is decoding, call `drain` first."""
         if row.state == "decoding":
             self.seats.leave(row, keep=True)
         else:
@@ -91,7 +91,7 @@ class Run:
         self.seats.away += 1
 
     def release(self, row: Row) -> None:
-        """Free a row that is not done; with the last of them, free all buffers."""
+        """Free a row that is not done. Freeing the last row also frees all buffers."""
         former, row.state = row.state, "released"
         if former == "decoding":
             self._leave(row, keep=False)
@@ -118,7 +118,7 @@ class Run:
             self.release(row)
 
     def abandon(self) -> None:
-        """Release all rows where they are, and free all buffers, without reading the step in flight."""
+        """Release all rows in whatever state they are, and free all buffers, without reading the step in flight."""
         self._flying = None
         for row in self._live:
             row.state = "released"
@@ -126,11 +126,12 @@ class Run:
         self.seats.abandon()
 
     def step(self) -> Events:
-        """Decode until one step has been read: its tokens are in their rows, and in the events. No events if idle.
+        """Decode until one step has been read, and return its tokens as events; they are also appended to their rows.
 
-        The host reads one step behind the device. If the session `overlaps`, the next step is launched before the
-        running one has been read. Otherwise a second step in flight would make MLX copy the buffers, so the host only
-        builds its graph, and launches it after the read. Before a wide step and behind it, the host reads first.
+        Returns empty events if there is nothing to decode. The host reads one step behind the device. If the session
+        `overlaps`, the host launches the next step before it reads the running step. Otherwise a second step in flight
+        would make MLX copy the buffers, so the host only builds the graph and launches it after the read. The host
+        reads the step in flight before it prepares a wide step, and reads a wide step before it prepares the next step.
         """
         events = None
         while events is None:
@@ -159,18 +160,18 @@ class Run:
         return events if events is not None else Events()
 
     def drain(self) -> Events:
-        """Read the step in flight, if there is one, without launching another."""
+        """Read the step in flight, if there is one, without launching another step."""
         flying, self._flying = self._flying, None
         return self._read(flying) if flying is not None else Events()
 
     def _next_width(self) -> int:
-        """How many tokens the next step is to feed each row."""
+        """The number of tokens that the next step should feed each row."""
         if self._speculation is None or self.seats.widest == 1 or not any(self.seats.rows):
             return 1
         return min(self._speculation.width(self.seats.rows), self.seats.widest)
 
     def _next_step(self, width: int) -> _Step | None:
-        """Build the graph that draws the next token for every slot, or several. None if no slot has a row."""
+        """Build the graph that draws the next token or tokens for every slot. None if no slot has a row."""
         rows, began = self.seats.rows, time.perf_counter()
         if not any(rows):
             return None
@@ -180,17 +181,17 @@ class Run:
         for row in step.rows:
             if row is not None:
                 row.launched += 1
-                if row.launched == row.longest:  # this token is its last, whatever it is
+                if row.launched == row.longest:  # the row ends with this token, whatever the token is
                     self.seats.leave(row, keep=False)
         return step
 
     def _fed(self, width: int) -> list[list[int]]:
-        """What a wide step feeds each slot: the row's last token, and drafts. Nothing where there are no drafts."""
+        """The tokens that a wide step feeds each slot: its last token, then drafts. Empty if there are no drafts."""
         if self._speculation is None or width == 1:
             return []
         rows = self.seats.rows
         drafts = self._speculation.propose(rows, width)
-        while width > 1 and 1 + max(map(len, drafts)) <= width // 2:  # as wide as the drafts need
+        while width > 1 and 1 + max(map(len, drafts)) <= width // 2:  # no wider than the drafts need
             width //= 2
         if width == 1:
             return []
@@ -199,31 +200,33 @@ class Run:
         return [[*ids, *[ids[-1]] * (width - len(ids))] for ids in fed]
 
     def _read(self, step: _Step) -> Events:
-        """Wait for a step, append its tokens to their rows, and end the rows that stop here."""
-        tokens, logprobs, theirs = (_by_slot(a, step.width) for a in
-                                    (step.drawn.tokens, step.drawn.logprobs, step.drawn.sampler_logprobs))  # fmt: skip
+        """Wait for a step, append its tokens to their rows, and end the rows that stop at this step."""
+        drawn = step.drawn
+        arrays = (drawn.tokens, drawn.logprobs, drawn.sampler_logprobs)
+        tokens, logprobs, filtered = (_by_slot(array, step.width) for array in arrays)
         ended: dict[Row, FinishReason] = {}
         for slot, row in enumerate(step.rows):
             if row is None:
                 tokens[slot] = []
                 continue
             taken, reason = _follow(row, tokens[slot], step.fed[slot] if step.fed else ())
-            for column in filter(None, (tokens, logprobs, theirs)):
+            for column in filter(None, (tokens, logprobs, filtered)):
                 del column[slot][taken:]
             if row.wants_logprobs:
                 row.logprobs += logprobs[slot]
             if row.wants_sampler_logprobs:
-                row.sampler_logprobs += theirs[slot]
+                row.sampler_logprobs += filtered[slot]
             if reason is not None:
                 row.finish_reason = ended[row] = reason
         if step.fed:
             self.seats.take(tokens)
-        self._tell(step, tokens, ended)
+        self._report(step, tokens, ended)
         for row in ended:
             self._end(row)
-        return Events(step.rows, tokens, logprobs or None, theirs or None, ended)
+        return Events(step.rows, tokens, logprobs or None, filtered or None, ended)
 
-    def _tell(self, step: _Step, tokens: Sequence[Sequence[int]], ended: Iterable[Row]) -> None:
+    def _report(self, step: _Step, tokens: Sequence[Sequence[int]], ended: Iterable[Row]) -> None:
+        """Pass the step's time and accepted tokens on to the speculation."""
         if self._speculation is None:
             return
         now = time.perf_counter()
@@ -247,9 +250,9 @@ class Run:
 
 
 def _follow(row: Row, drawn: Sequence[int], fed: Sequence[int]) -> tuple[int, FinishReason | None]:
-    """Append what was drawn to a row, as long as the row goes on and the next token that was fed is what was drawn.
+    """Append drawn tokens to a row until the row ends, or the next draft differs from the token that was drawn.
 
-    Returns how many tokens that are, and why the row ends with the last of them, if it does.
+    Returns the number of tokens appended, and the reason why the row ends with the last of them, or None.
     """
     for taken, token in enumerate(drawn, start=1):
         row.token_ids.append(token)
@@ -262,6 +265,6 @@ def _follow(row: Row, drawn: Sequence[int], fed: Sequence[int]) -> tuple[int, Fi
 
 
 def _by_slot(array: mx.array | None, width: int) -> list[list[Any]]:
-    """`[S · W]` as a list of W for each slot; nothing where there is no array."""
+    """`[S · W]` as a list of W values per slot; empty if there is no array."""
     values = [] if array is None else cast(list[Any], array.tolist())
     return [values[start : start + width] for start in range(0, len(values), width)]

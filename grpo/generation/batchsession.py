@@ -1,4 +1,4 @@
-"""A session on mlx-lm's batch caches: the rows' own caches, joined so that they decode together."""
+"""A session on mlx-lm's batch caches: the caches of all rows, joined so that the rows decode together."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ class BatchCachesSession:
     """See `grpo.generation.decoding.Session`."""
 
     overlaps = False
-    widest = 1  # recurrent states and sliding windows do not give tokens back
+    widest = 1  # recurrent states and sliding windows cannot take tokens back
 
     def __init__(self, model: nn.Module, slots: int, joined: bool) -> None:
         self._model, self._joined = model, joined
         self._padded = not any(map(is_recurrent, empty(model)))
         self._extended_together = joined and all(map(is_plain, empty(model)))
-        self._batches: list[_Batch] = []  # one of all rows, or one for each
+        self._batches: list[_Batch] = []  # one for all rows, or one per row
         self._ready: dict[SharedPrompt | Line, Caches] = {}
         self._starts = [0] * slots
         self._step = 0
         self._released: set[int] = set()
 
     def refresh(self) -> None:
-        """Nothing to do: the model is what it is."""
+        """Nothing to do: the session uses the model's own arrays."""
 
     def needs_prefill(self, rows: Sequence[Line]) -> bool:
         return any(row.token_ids or row.prompt not in self._ready for row in rows)
@@ -51,18 +51,18 @@ class BatchCachesSession:
 
     def admit(self, slots: Sequence[int], rows: Sequence[Line]) -> None:
         self._drop_released()
-        # Of a prompt of one token there is nothing to go on from: its rows are prefilled with what is theirs.
+        # A prompt of one token has no keys and values to start from: its rows are prefilled together with their tokens.
         whole = [row for row in rows if row.kept is None and len(row.prompt.ids) == 1]
         missing: dict[SharedPrompt | Line, Sequence[int]] = {
             _source(row): [*row.prompt.ids, *row.token_ids] for row in whole
         }
         missing |= {row.prompt: row.prompt.ids for row in rows if row.kept is None and row not in whole}
         missing = {source: ids for source, ids in missing.items() if source not in self._ready}
-        self._go_on_from_known(missing)
+        self._continue_known(missing)
         self._prefill({source: ids for source, ids in missing.items() if source not in self._ready})
         self._extend([row for row in rows if row.kept or (row.token_ids and row not in whole)])
         entering = [(slot, self._ready[_source(row)]) for slot, row in zip(slots, rows, strict=True)]
-        # Caches that hold nothing yet do not merge with those that do.
+        # Empty caches do not merge with filled caches.
         alone = [len(row.prompt.ids) == 1 and not row.token_ids for row in rows]
         for nothing in (False, True):
             self._join([pair for pair, is_empty in zip(entering, alone, strict=True) if is_empty is nothing])
@@ -94,8 +94,8 @@ class BatchCachesSession:
     def forget(self, prompt: SharedPrompt) -> None:
         self._ready.pop(prompt, None)
 
-    def _go_on_from_known(self, sources: Iterable[SharedPrompt | Line]) -> None:
-        """Feed prompts the tokens that their known beginnings lack."""
+    def _continue_known(self, sources: Iterable[SharedPrompt | Line]) -> None:
+        """Start prompts from the caches of known beginnings, and feed the remaining tokens."""
         for prompt in sources:
             if not isinstance(prompt, SharedPrompt) or (known := prompt.known) is None or known.by is not type(self):
                 continue
@@ -104,13 +104,13 @@ class BatchCachesSession:
                 (self._ready[prompt],) = extended(self._model, [deepcopy(known.state)], [pending], together=False)
 
     def _extend(self, rows: Sequence[Line]) -> None:
-        """Feed the rows' tokens that their caches, or the prompts', do not hold yet."""
+        """Feed the tokens of rows that are not yet in the row's cache, or in the prompt's."""
         kept = [row.kept.state if row.kept else deepcopy(self._ready[row.prompt]) for row in rows]
         found = extended(self._model, kept, [row.pending for row in rows], self._extended_together)
         self._ready.update(zip(rows, found, strict=True))
 
     def _join(self, entering: Sequence[tuple[int, Caches]]) -> None:
-        """Append a row with its caches for each slot."""
+        """Add rows, each with its slot and its caches, to the batch."""
         for together in [entering] if self._joined else [[pair] for pair in entering]:
             if not together:
                 continue
@@ -119,8 +119,8 @@ class BatchCachesSession:
                 self._batches.append(new)
                 continue
             (batch,) = self._batches
-            for mine, theirs in zip(batch.caches, new.caches, strict=True):
-                mine.extend(theirs)
+            for cache, added in zip(batch.caches, new.caches, strict=True):
+                cache.extend(added)
             batch.slots += new.slots
 
     def keep(self, slots: Sequence[int]) -> None:
@@ -145,10 +145,10 @@ class BatchCachesSession:
         return found[mx.array([row_of.get(slot, 0) for slot in range(len(self._starts))])]
 
     def wide(self, tokens: mx.array) -> mx.array:
-        raise NotImplementedError("these caches cannot give tokens back, so a step feeds one to each row")
+        raise NotImplementedError("mlx-lm's batch caches cannot take tokens back, so a step feeds each row one token")
 
     def accept(self, kept: Sequence[int]) -> None:
-        raise NotImplementedError("these caches cannot give tokens back")
+        raise NotImplementedError("mlx-lm's batch caches cannot take tokens back")
 
     def _drop_released(self) -> None:
         for batch in self._batches:
@@ -175,7 +175,7 @@ class BatchCachesSession:
 
 
 def _source(row: Line) -> SharedPrompt | Line:
-    """The owner of the keys and values that a row enters with: its prompt, or itself if it has tokens."""
+    """The owner of the keys and values that a row enters with: its prompt, or the row itself if it has tokens."""
     return row if row.token_ids else row.prompt
 
 

@@ -1,8 +1,8 @@
-"""What a layer of a Llama-like model computes, read from the model's own modules.
+"""The layers of a Llama-like model, read from the model's own modules.
 
-Llama, Mistral, Qwen2, Qwen3 and their like are made of the same parts under the same names. Their weights are taken
-from the modules and put together where one input is multiplied by several matrices, so that decoding needs fewer and
-larger products; how decoding computes a layer is another file's matter. A model with any other part is not read.
+Llama, Mistral, Qwen2, Qwen3 and similar models have the same parts under the same names. Where one input is multiplied
+by several matrices, these matrices are joined, so that decoding needs fewer and larger products.
+`grpo.generation.decoders` computes the layers. A model with any other part is refused (`Unread`).
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ PARTS = {
     "self_attn.q_norm", "self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
     "input_layernorm", "post_attention_layernorm",
 }  # fmt: skip
-"""Everything that may hold parameters in a layer."""
+"""The modules of a layer that may have parameters."""
 MOST_MERGED = 128 * 2**20
-"""Bytes of copies with the adapters in them, at most. Seen on two cores with rank 16: a step is 1.09 times faster with
-copies of 3 MB (hidden size 128), 1.04 times with 84 MB (512), and no faster with 240 MB (1,024)."""
+"""Limit on the bytes of weight copies with merged adapters. Measured on two cores with rank 16: a step is 1.09 times
+as fast with copies of 3 MB (hidden size 128), 1.04 times with 84 MB (512), and no faster with 240 MB (1,024)."""
 
 
 class Norm:
-    """Root mean square normalisation of `[…, D]` by one module, or of `[…, heads, 1, D]` by several in turn.
+    """RMS normalization of `[…, D]` by one module, or of `[…, heads, 1, D]` by several modules.
 
-    `weight` is `[D]`, or `[heads, D]` where `repeats` says how many heads each module is for.
+    `weight` is `[D]`; with `repeats`, the number of heads that each module serves, it is `[heads, D]`.
     """
 
     def __init__(self, modules: Sequence[Any], repeats: Sequence[int] | None = None) -> None:
-        """Raises Unread for modules that are no `nn.RMSNorm`, or not alike."""
+        """Raises Unread if a module is not an `nn.RMSNorm`, or the modules differ in shape or epsilon."""
         if any(type(module) is not nn.RMSNorm for module in modules):
-            raise Unread("this architecture has another norm than RMSNorm")
+            raise Unread("this architecture has a norm other than RMSNorm")
         if len({(module.weight.shape, module.eps) for module in modules}) > 1:
-            raise Unread("this architecture norms all heads at once")
+            raise Unread("the norms of queries and keys differ in shape or epsilon in this architecture")
         self._modules, self._repeats = modules, repeats
         self._memory = LastSeen()
         self.held: dict[str, mx.array] = {}
-        """The weight, by that name; always the same dictionary."""
+        """The weight, under the key `weight`. Always the same dictionary object."""
         self.eps = float(modules[0].eps)
         self.refresh()
 
@@ -55,7 +55,7 @@ class Norm:
         return self.held["weight"]
 
     def refresh(self) -> bool:
-        """Take over the modules' weights, and say whether they have changed."""
+        """Read the modules' weights again, and return whether they have changed."""
         weights = [module.weight for module in self._modules]
         if not self._memory.changed(weights):
             return False
@@ -73,7 +73,7 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One layer. `qk_norm` has a weight for each query head, then for each head of keys."""
+    """One layer. The weights of `qk_norm` are those of all query heads, then those of all key heads."""
 
     before_attention: Norm
     before_mlp: Norm
@@ -88,8 +88,8 @@ class Block:
 class Blocks:
     """A Llama-like model.
 
-    `frequencies` `[rotary / 2]` fp32 are radians a position, `width` is that of a head, `ends` what holds the weights
-    before and behind the layers.
+    `frequencies` `[rotary / 2]` fp32 are in radians per position, `width` is the width of a head, and `ends` are the
+    modules before and after the layers: the embedding, and the head if its weights are not tied to the embedding.
     """
 
     embed: nn.Module
@@ -116,7 +116,7 @@ class Blocks:
 
     @property
     def arrays(self) -> list[Any]:
-        """All that a step computes with: trees of arrays that stay the same objects while their arrays are replaced."""
+        """All weights of a step, as trees that stay the same objects while the arrays in them are replaced."""
         parts = [tree for product in self.products for tree in (product.joined, product.lora)]
         return [*parts, *(norm.held for norm in self.norms), *self.ends]
 
@@ -126,9 +126,10 @@ class Blocks:
         return {norm.weight.dtype for norm in self.norms} | {dtype for dtype in products if dtype is not None}
 
     def halve(self) -> bool:
-        """Prepare for kernels that apply B, if all computes in one dtype: whether it does.
+        """Prepare for kernels that apply the adapters' B, and return whether the model allows it.
 
-        A divided layer is summed over processes before anything else is done with it, which those kernels do not.
+        All weights must have one dtype. No layer may be divided over processes: its result must be summed over the
+        processes first, and the kernels do not do that.
         """
         if alike := len(self._dtypes) == 1 and not any(product.divided for product in self.products):
             for product in self.products:
@@ -136,11 +137,11 @@ class Blocks:
         return alike
 
     def merge(self) -> int:
-        """Compute with copies of the matrices that have the adapters in them, where that pays: bytes of the copies.
+        """Use copies of the matrices with the adapters merged in, if that pays. Returns the bytes of the copies, or 0.
 
-        Of the three products of a layer under an adapter two are as narrow as its rank, and a CPU is slow at them. A
-        GPU has kernels for them. Copies of quantised weights would be as large as if they were not quantised, and half
-        precision would round most of an adapter away beside the weights.
+        Two of the three products of a layer with an adapter are only as wide as the adapter's rank, and a CPU is slow
+        at them. A GPU has kernels for them. Copies of quantized weights would be as large as full weights, and half
+        precision would round most of an adapter away when it is added to the weights.
         """
         copies = sum(product.copied for product in self.products)
         plain = self._dtypes == {mx.float32} and not any(product.quantised for product in self.products)
@@ -152,11 +153,11 @@ class Blocks:
 
     @property
     def train(self) -> bool:
-        """Whether weights of the layers' own train, and not adapters alone, or are let go of during an update."""
+        """Whether the layers' own weights train (not only adapters), or are released during an update."""
         return any(product.train for product in self.products)
 
     def refresh(self) -> bool:
-        """Take over what the model holds now, and say whether more than adapters has changed."""
+        """Read the model's arrays again, and return whether more than the adapters has changed."""
         changed = [self.memory.changed([a for end in self.ends for _, a in tree_flatten(end.parameters())])]
         changed += [norm.refresh() for norm in self.norms]
         changed += [product.refresh(self.norm.weight.dtype) for product in self.products]
@@ -164,7 +165,7 @@ class Blocks:
         return any(changed)
 
     def forget(self) -> None:
-        """Let go of what an update replaces, until `refresh` takes over the next."""
+        """Release the arrays that an update replaces, until the next `refresh`."""
         if self.train:
             self.memory.forget()
         for product in self.products:
@@ -172,14 +173,14 @@ class Blocks:
 
 
 def read(model: nn.Module) -> Blocks:
-    """The model as blocks. Raises Unread, with the reason, if it has any part that is not known here."""
+    """The model as blocks. Raises Unread, with the reason, if the model has a part that this file does not know."""
     try:
         return _read(model, split_head(model)[1])
     except Unsplit as reason:
         raise Unread(f"the head cannot be split off: {reason}") from reason
     except Unread:
         raise
-    except Exception as error:  # a part that is not there, or an error of ours
+    except Exception as error:  # a missing part, or our own error
         raise Unread(cause(error)) from error
 
 
@@ -190,7 +191,7 @@ def _read(model: nn.Module, head: Head) -> Blocks:
     frequencies, traditional = _rotation(attention.rope)
     for other, flag in (_rotation(layer.self_attn.rope) for layer in body.layers):
         if flag != traditional or not mx.array_equal(other, frequencies):
-            raise Unread("this architecture's layers rotate differently")
+            raise Unread("the layers of this architecture have different rotary embeddings")
     heads, query_heads = int(attention.n_kv_heads), int(attention.n_heads)
     width = sum(layers[0].qkv.outs[:1]) // query_heads
     scale = float(attention.scale)
@@ -215,7 +216,7 @@ def _read(model: nn.Module, head: Head) -> Blocks:
 def _block(layer: Any) -> Block:
     unknown = {path for path, _ in tree_flatten(layer.parameters()) if not _known(path)}
     if unknown:
-        raise Unread(f"this architecture has other parts than Llama's: {', '.join(sorted(unknown))}")
+        raise Unread(f"this architecture has parts that Llama does not have: {', '.join(sorted(unknown))}")
     attention, mlp = layer.self_attn, layer.mlp
     return Block(
         before_attention=Norm([layer.input_layernorm]),
@@ -229,7 +230,7 @@ def _block(layer: Any) -> Block:
 
 
 def _known(path: str) -> bool:
-    # A table of rotary frequencies is no parameter, though MLX lists it as one.
+    # A table of rotary frequencies is not a parameter, although MLX lists it.
     return any(path.startswith(f"{part}.") for part in PARTS) or path.startswith("self_attn.rope.")
 
 
@@ -240,10 +241,10 @@ def _qk_norm(attention: Any) -> Norm | None:
 
 
 def _rotation(rope: Any) -> tuple[mx.array, bool]:
-    """Radians a position for each pair of a head's numbers, and whether pairs are neighbours (`traditional`)."""
+    """Radians per position for each pair of a head's numbers, and whether pairs are adjacent (`traditional`)."""
     if isinstance(rope, nn.RoPE):
         exponents = mx.arange(0, rope.dims, 2, dtype=mx.float32) / rope.dims
         return rope.scale * mx.power(rope.base, -exponents), bool(rope.traditional)
     if type(rope).__name__ == "Llama3RoPE":
         return 1.0 / rope._freqs, bool(rope.traditional)
-    raise Unread("this architecture has another rotary embedding")
+    raise Unread(f"this architecture has a rotary embedding of another kind: {type(rope).__name__}")

@@ -1,7 +1,7 @@
-"""The draw of a token on a CPU: first a block of the vocabulary, then a token of that block.
+"""Draws a token on a CPU: first a block of the vocabulary, then a token of that block.
 
-Gumbel's trick on the whole vocabulary needs a random number for each token, and on a CPU a random number and its
-logarithm cost more than the token's exponential. Two draws, of a block and inside it, need about 2 √V numbers.
+The Gumbel trick on the whole vocabulary needs a random number for each token, and on a CPU a random number and its
+logarithm cost more than the token's exponential. Drawing a block, then a token in it, needs about 2 √V random numbers.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import mlx.core as mx
 
 LEAST = 2**-33
-"""Half a step of MLX's uniform numbers next to zero: added to all, so that none is zero."""
+"""Half the distance between MLX's uniform numbers near zero; the lower bound of the draws, so that none is zero."""
 
 
 def drawn_by_blocks(weights: mx.array, sums: mx.array, keys: mx.array) -> mx.array:
-    """Draw one token a row, with a probability in proportion to its weight: `[N]` uint32.
+    """Draw one token per row, with probability proportional to its weight: `[N]` uint32.
 
-    weights `[N, V]` fp32, at least one of each row above zero; sums `[N, B]` of its B equal blocks; keys `[N, 2]`
-    uint32. A token of weight zero is never drawn. A row's draw depends on its own weights and key alone.
+    weights `[N, V]` fp32, at least one above zero in each row; sums `[N, B]`, the sums of B equal blocks of weights;
+    keys `[N, 2]` uint32. A token of weight zero is never drawn. A row's draw depends only on its own weights and key.
     """
     rows, blocks = sums.shape
     size = weights.shape[1] // blocks
@@ -27,19 +27,19 @@ def drawn_by_blocks(weights: mx.array, sums: mx.array, keys: mx.array) -> mx.arr
 
 
 def _first(rates: mx.array, waits: mx.array) -> mx.array:
-    """Of exponential waits `[N, K]`, each sped up by its rate `[N, K]`, which is over first: `[N]` uint32.
+    """The index of the exponential wait `[N, K]`, divided by its rate `[N, K]`, that is over first: `[N]` uint32.
 
-    It is k with probability rates[k] / Σ rates: Gumbel's trick without its outer logarithm. Waits are finite and above
-    zero, so that a rate of zero loses to any other.
+    The index is k with probability rates[k] / Σ rates: the Gumbel trick without its outer logarithm. Waits are finite
+    and above zero, so a rate of zero loses to any other rate.
     """
     return mx.argmax(rates / waits, axis=-1)
 
 
 def _waits(keys: mx.array, count: int) -> mx.array:
-    """`count` numbers of the exponential distribution for each key `[N, 2]`: `[N, count]` fp32, from 1e-10 to 17.
+    """`count` exponentially distributed numbers for each key `[N, 2]`: `[N, count]` fp32, from 1e-10 to 17.
 
-    MLX's uniform numbers lie 2^-24 apart next to one, but 2^-32 next to zero. Short waits decide what is drawn, so they
-    are made of the numbers next to zero: a probability down to 1e-9 is not rounded away.
+    MLX's uniform numbers are 2^-24 apart near one, but 2^-32 apart near zero. Short waits decide which token is drawn,
+    so they are computed from the numbers near zero: probabilities down to 1e-9 are not rounded away.
     """
     uniform = mx.vmap(lambda key: mx.random.uniform(LEAST, 1.0, shape=(count,), key=key))(keys)
     return -mx.log1p(-uniform)

@@ -1,4 +1,4 @@
-"""Keys and values: prompts' in prefix places, which a group's rows share, and each slot's own in its columns."""
+"""Buffers of keys and values: prefix places hold prompts, which a group's rows share; slots hold each row's tokens."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from grpo.generation.slots import Size, View
 KeysValues = tuple[mx.array, mx.array]
 
 PREFILL_CHUNK, CPU_CHUNK = 2048, 256
-"""Tokens of a prompt that go through the model at once. A CPU holds all of a chunk's attention scores, and is faster
-with fewer: a prompt of 4,096 tokens took 3.9 s and 32 MB instead of 5.3 s and 169 MB."""
+"""Tokens of a prompt that go through the model in one chunk, on a GPU and on a CPU. A CPU holds a chunk's attention
+scores, and small chunks are faster there: a prompt of 4,096 tokens took 3.9 s and 32 MB instead of 5.3 s and 169 MB."""
 PREFILL_TOKENS = 16_384
-"""Tokens of all prompts, padding included, that are prefilled together."""
+"""The largest number of prompt tokens, including padding, that are prefilled together."""
 
 
 @dataclass(slots=True)
 class Layer:
-    """One layer's buffers: prefix `[M, heads, P, D]` and slots' `[S, heads, C, D]`, of keys and of values."""
+    """One layer's buffers of keys and values: prefix places `[M, heads, P, D]` and slots `[S, heads, C, D]`."""
 
     prefix_keys: mx.array
     prefix_values: mx.array
@@ -35,9 +35,9 @@ class Layer:
         return [self.prefix_keys, self.prefix_values, self.keys, self.values]
 
     def insert(self, places: mx.array, prompts: KeysValues, first: int = 0) -> None:
-        """Put prompts' keys and values, `[m, heads, n, D]`, into prefix places `[m]` from this column on.
+        """Write prompts' keys and values, `[m, heads, n, D]`, into prefix places `[m]` from column `first` on.
 
-        What does not fit is left out: prompts may be padded.
+        Columns that do not fit are left out, because prompts may be padded.
         """
         columns = slice(first, min(first + prompts[0].shape[2], self.prefix_keys.shape[2]))
         keys, values = (array[:, :, : columns.stop - first] for array in prompts)
@@ -48,8 +48,8 @@ class Layer:
         return self.prefix_keys[places, :, :length], self.prefix_values[places, :, :length]
 
     def write(self, view: View, keys: mx.array, values: mx.array) -> None:
-        """Put a step's keys and values, `[S, heads, W, D]`, into their columns."""
-        if view.level is not None:  # the same everywhere: a slice is faster than a scatter
+        """Write a step's keys and values, `[S, heads, W, D]`, into their columns."""
+        if view.level is not None:  # all slots write the same columns: a slice is faster than a scatter
             columns = slice(view.level, view.level + view.fed)
             self.keys[:, :, columns], self.values[:, :, columns] = keys, values
             return
@@ -57,7 +57,7 @@ class Layer:
         self.values = _scattered(self.values, view.columns, values)
 
     def grow(self, size: Size) -> None:
-        """Take a larger size, one array after the other. There are new columns behind the others."""
+        """Grow to a larger size, one array after the other. New columns follow the old ones."""
         prefix = max(1, size.prefix)
         self.prefix_keys = _grown(self.prefix_keys, size.places, prefix)
         self.prefix_values = _grown(self.prefix_values, size.places, prefix)
@@ -70,18 +70,18 @@ class Layer:
         return self.prefix_keys[where], self.prefix_values[where]
 
     def take(self, slot: int, columns: int) -> Any:
-        """A copy of the first columns of a slot: keys and values `[1, heads, n, D]`."""
-        # By an index, not by a slice: a slice may be a view, and kernels write into the buffer.
+        """A copy of the first `columns` columns of a slot: keys and values `[1, heads, n, D]`."""
+        # Index rather than slice: a slice may be a view, and kernels write into the buffer.
         index = mx.arange(columns)
         return self.keys[slot : slot + 1, :, index], self.values[slot : slot + 1, :, index]
 
     def put(self, slot: int, row: KeysValues, first: int = 0) -> None:
-        """Put a row's keys and values, `[1, heads, n, D]`, into the columns of a slot from this one on."""
+        """Write a row's keys and values, `[1, heads, n, D]`, into a slot from column `first` on."""
         columns = slice(first, first + row[0].shape[2])
         self.keys[slot : slot + 1, :, columns], self.values[slot : slot + 1, :, columns] = row
 
     def put_back(self, slot: int, taken: Any) -> None:
-        """Put what `take` has returned into the first columns of a slot."""
+        """Write what `take` has returned into the first columns of a slot."""
         self.put(slot, taken)
 
     def numbers(self, taken: Any) -> KeysValues:
@@ -90,23 +90,23 @@ class Layer:
         return keys, values
 
     def scores(self, queries: mx.array, width: int) -> mx.array:
-        """queries `[S, heads, p, n, D]` by the first columns' keys: `[S, heads, p, n, width]`."""
+        """queries `[S, heads, p, n, D]` times the keys of the first columns: `[S, heads, p, n, width]`."""
         return queries @ self.keys[:, :, None, :width].swapaxes(-1, -2)
 
     def weighed(self, weights: mx.array) -> mx.array:
-        """The values of a slot's first columns by weights `[S, heads, p, n, width]`: `[S, heads, p, n, E]`."""
+        """weights `[S, heads, p, n, width]` times the values of the slots' first columns: `[S, heads, p, n, E]`."""
         return weights.astype(self.values.dtype) @ self.values[:, :, None, : weights.shape[-1]]
 
     def prompt_scores(self, queries: mx.array) -> mx.array:
-        """queries `[M, heads, n, D]` by the prompts' keys: `[M, heads, n, P]`."""
+        """queries `[M, heads, n, D]` times the keys of the prompts: `[M, heads, n, P]`."""
         return product(queries, self.prefix_keys.swapaxes(-1, -2))
 
     def prompts_weighed(self, weights: mx.array) -> mx.array:
-        """The prompts' values by weights `[M, heads, n, P]`: `[M, heads, n, E]`."""
+        """weights `[M, heads, n, P]` times the values of the prompts: `[M, heads, n, E]`."""
         return product(weights.astype(self.prefix_values.dtype), self.prefix_values)
 
     def keep(self, slots: mx.array, places: mx.array) -> None:
-        """Drop all slots and prefix places but these, one array after the other."""
+        """Keep only these slots and prefix places, one array after the other."""
         self.prefix_keys = _made(self.prefix_keys[places])
         self.prefix_values = _made(self.prefix_values[places])
         self.keys = _made(self.keys[slots])
@@ -114,13 +114,13 @@ class Layer:
 
 
 def _grown(buffer: mx.array, rows: int, columns: int) -> mx.array:
-    """The buffer with zeros behind its rows and columns, which attention reads before anything is written there."""
+    """The buffer with rows and columns added at the end. They are zeros, because attention may read them unwritten."""
     more = rows - buffer.shape[0], columns - buffer.shape[2]
     return _made(mx.pad(buffer, [(0, more[0]), (0, 0), (0, more[1]), (0, 0)])) if any(more) else buffer
 
 
 def _made(array: mx.array) -> mx.array:
-    """The array, computed: what it was made from is not held any more."""
+    """The array, evaluated, so that the arrays that it was computed from can be freed."""
     mx.eval(array)
     return array
 
@@ -132,7 +132,7 @@ def _scattered(buffer: mx.array, columns: mx.array, new: mx.array) -> mx.array:
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
-    """What one layer keeps of one token: heads, their width for keys and for values, and the dtype."""
+    """What one layer caches for one token: the number of heads, the widths of keys and values, and the dtype."""
 
     heads: int
     key_width: int
@@ -141,17 +141,17 @@ class CacheShape:
 
     @property
     def numbers(self) -> int:
-        """Bytes of a token as the model computes them."""
+        """Bytes per token, as the model computes keys and values."""
         return int(self.heads * (self.key_width + self.value_width) * self.dtype.size)
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of a token as they are kept."""
+        """Bytes per token, as the buffers store keys and values."""
         return self.numbers
 
     @property
     def at_work(self) -> int:
-        """Bytes of a token that are held besides: the larger array is there twice while columns grow."""
+        """Extra bytes per token while columns grow: the larger of the two arrays exists twice."""
         return int(self.heads * max(self.key_width, self.value_width) * self.dtype.size)
 
     def layer(self, size: Size) -> Layer:
@@ -159,23 +159,23 @@ class CacheShape:
         return self._empty(size, (self.key_width, self.value_width), self.dtype)
 
     def _empty(self, size: Size, widths: tuple[int, int], dtype: mx.Dtype) -> Layer:
-        """Zeros, as wide as this for keys and for values."""
+        """A layer of zeros, with these widths of keys and of values."""
 
         def empty(rows: int, columns: int, width: int) -> mx.array:
             return mx.zeros((rows, self.heads, columns, width), dtype)
 
-        of_keys, of_values = widths
+        key_width, value_width = widths
         prefix = max(1, size.prefix)
         return Layer(
-            empty(size.places, prefix, of_keys),
-            empty(size.places, prefix, of_values),
-            empty(size.slots, size.columns, of_keys),
-            empty(size.slots, size.columns, of_values),
+            empty(size.places, prefix, key_width),
+            empty(size.places, prefix, value_width),
+            empty(size.slots, size.columns, key_width),
+            empty(size.slots, size.columns, value_width),
         )
 
 
 def cache_shapes(model: nn.Module) -> list[CacheShape] | None:
-    """What each layer of a model caches, found by running one token; None unless all of it is plain keys and values."""
+    """What each layer of a model caches, found by running one token; None unless every cache is a plain `KVCache`."""
     from grpo.model.mlxlm import KVCache, make_prompt_cache
 
     cache: list[Any] = make_prompt_cache(model)
@@ -188,13 +188,15 @@ def cache_shapes(model: nn.Module) -> list[CacheShape] | None:
 
 
 def prefill_chunk() -> int:
-    """How many tokens of a prompt go through the model at once on this machine."""
+    """The number of prompt tokens that go through the model in one chunk on this machine."""
     return PREFILL_CHUNK if on_gpu() else min(CPU_CHUNK, PREFILL_CHUNK)
 
 
 def feed_caches(model: nn.Module, caches: Sequence[Any], rows: mx.array, needed: int | None = None) -> None:
-    """Let tokens `[m, T]` go through the model, in chunks, onto mlx-lm's caches. Those behind the first `needed` are
-    padding, and go only as far as their chunk has others."""
+    """Feed tokens `[m, T]` through the model in chunks and append them to mlx-lm's caches.
+
+    Tokens after the first `needed` columns are padding: chunks that hold only padding are skipped.
+    """
     chunk = prefill_chunk()
     for start in range(0, rows.shape[1] if needed is None else needed, chunk):
         model(rows[:, start : start + chunk], cache=caches)

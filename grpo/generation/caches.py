@@ -1,4 +1,4 @@
-"""mlx-lm's caches: of one row each, and joined to those of several."""
+"""mlx-lm's caches for single rows, and joined to batch caches for several rows."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import mlx.nn as nn
 from grpo.generation.buffers import PREFILL_TOKENS, KeysValues, feed_caches
 
 Caches = list[Any]
-"""One of mlx-lm's caches for each layer."""
+"""One mlx-lm cache per layer."""
 
 
 def is_recurrent(cache: Any) -> bool:
-    """Whether a cache holds a state that padding would run into: not every model masks it."""
+    """Whether a cache holds a recurrent state, which padding would change: not every model masks padding."""
     from grpo.model.mlxlm import ArraysCache, CacheList
 
     if isinstance(cache, CacheList):
@@ -24,7 +24,7 @@ def is_recurrent(cache: Any) -> bool:
 
 
 def copy_states(cache: Any) -> None:
-    """Let go of a batch's recurrent states, of which one row's are views."""
+    """Copy a row's recurrent states, which are views of the batch's states, so that the batch can be freed."""
     from grpo.model.mlxlm import ArraysCache, CacheList
 
     for inner in cache.caches if isinstance(cache, CacheList) else ():
@@ -34,14 +34,14 @@ def copy_states(cache: Any) -> None:
 
 
 def is_plain(cache: Any) -> bool:
-    """Whether a cache holds keys and values and nothing else."""
+    """Whether a cache holds only keys and values."""
     from grpo.model.mlxlm import KVCache
 
     return type(cache) is KVCache
 
 
 def empty(model: nn.Module) -> Caches:
-    """Caches of one row that hold nothing."""
+    """Empty caches for one row."""
     from grpo.model.mlxlm import make_prompt_cache
 
     caches: Caches = make_prompt_cache(model)
@@ -49,7 +49,7 @@ def empty(model: nn.Module) -> Caches:
 
 
 def filled(model: nn.Module, held: Sequence[KeysValues]) -> Caches:
-    """Plain caches of one row that hold these keys and values `[1, heads, n, D]`, a pair for each layer."""
+    """Plain caches of one row with these keys and values `[1, heads, n, D]`, one pair per layer."""
     caches = empty(model)
     for cache, (keys, values) in zip(caches, held, strict=True):
         if keys.shape[2]:
@@ -58,19 +58,19 @@ def filled(model: nn.Module, held: Sequence[KeysValues]) -> Caches:
 
 
 def merged(rows: Sequence[Caches]) -> Caches:
-    """Caches of one row each as batch caches."""
+    """Merge the caches of single rows into batch caches."""
     return [type(layers[0]).merge(list(layers)) for layers in zip(*rows, strict=True)]
 
 
 def prefilled(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Caches:
-    """Batch caches of prompts without their last tokens."""
+    """Batch caches with the keys and values of prompts, without their last tokens."""
     caches = merged([empty(model) for _ in prompts])
     feed_padded(model, caches, [ids[:-1] for ids in prompts])
     return caches
 
 
 def feed_padded(model: nn.Module, caches: Caches, rows: Sequence[Sequence[int]]) -> None:
-    """Let rows go through the model onto batch caches, padded on the right as mlx-lm's caches want to be told."""
+    """Feed rows through the model and append them to batch caches. Right padding is announced to mlx-lm's caches."""
     lengths = [len(ids) for ids in rows]
     width = max(lengths)
     padding = [width - length for length in lengths]
@@ -84,9 +84,9 @@ def feed_padded(model: nn.Module, caches: Caches, rows: Sequence[Sequence[int]])
 def extended(
     model: nn.Module, rows: Sequence[Caches], token_ids: Sequence[Sequence[int]], together: bool
 ) -> list[Caches]:
-    """Caches of one row each with more tokens behind what they hold, which may be none.
+    """The caches of single rows after feeding each row more tokens; a row may have no new tokens.
 
-    `together`: rows may go through the model in one batch. Caches that are fed by themselves are changed in place.
+    `together`: rows may go through the model in one batch. A cache that is fed alone is changed in place.
     """
     found = list(rows)
     longer = sorted((i for i, ids in enumerate(token_ids) if ids), key=lambda i: len(token_ids[i]))
@@ -105,10 +105,10 @@ def extended(
 
 
 def extends_together(model: nn.Module, bound: float) -> bool:
-    """Whether rows of several lengths may be extended in one batch: not every model masks what they are padded with.
+    """Whether rows of different lengths may be extended in one batch: not every model masks the padding.
 
-    The gap between their keys and those of rows that are extended one by one is held against the bound, as a part of
-    the keys' own size.
+    Extends rows in one batch and one by one, and compares the mean difference of their keys, relative to the mean size
+    of the keys, with the bound.
     """
     prompts, more = [[1, 2, 3, 4, 5], [6, 7]], [[8, 9], [10, 11, 12, 13]]
     alone, batch = (
@@ -117,7 +117,7 @@ def extends_together(model: nn.Module, bound: float) -> bool:
     )
     gaps, sizes = [], []
     for one, other in zip(alone, batch, strict=True):
-        theirs, ours = one[-1].keys_and_values()[0], other[-1].keys_and_values()[0]
-        gaps.append(mx.abs(theirs - ours).mean())
-        sizes.append(mx.abs(theirs).mean())
+        expected, found = one[-1].keys_and_values()[0], other[-1].keys_and_values()[0]
+        gaps.append(mx.abs(expected - found).mean())
+        sizes.append(mx.abs(expected).mean())
     return bool((mx.stack(gaps).sum() <= bound * mx.stack(sizes).sum()).item())

@@ -1,7 +1,7 @@
-"""Finds, by trial, how a model can be decoded fastest.
+"""Finds, by trial, the fastest decoding for a model.
 
-Every way is tried on a few tokens against the model's plain forward pass, and the first that agrees is taken. Where
-none does, mlx-lm's own batch caches serve.
+Each kind of decoding is compared with the model's plain forward pass on a few tokens, and the first that agrees is
+used. If none agrees, mlx-lm's own batch caches are used.
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ from grpo.model.quantized import dtype_of
 PROMPTS, FORCED = ([1, 2, 3], [4, 5, 6, 7, 8]), ([9, 10, 11], [12, 13, 14])
 
 FOREIGN = "this architecture keeps more than plain keys and values"
-"""Why prompts are not shared where a layer has another cache than mlx-lm's `KVCache`."""
-UNPACKED = "they read no quantised keys and values (rollout.kv_bits)"
-"""Why CUDA kernels do not serve."""
+"""Why rows cannot share prompts if a layer has a cache other than mlx-lm's `KVCache`."""
+UNPACKED = "they cannot read quantized keys and values (rollout.kv_bits)"
+"""Why CUDA kernels are not used."""
 
 
 def find_decoding(model: nn.Module, kv_bits: int | None = None) -> Decoding:
-    """The fastest way of decoding this model that agrees with its forward pass, with keys and values in so many bits.
+    """The fastest decoding of this model that agrees with its forward pass, with keys and values in `kv_bits` bits.
 
-    Raises UserError for a model whose keys and values cannot be quantised.
+    The result's `refused` says why each faster kind is not used: an exception, or a part of the architecture that it
+    does not support. The model's own code may compute something else when it is fed several tokens of a row: then
+    steps feed one token per row, and `narrow` says why.
 
-    Its `refused` says why the faster ways do not serve: an exception, or what the architecture has that they lack. A
-    model's own code may do otherwise with several tokens of a row: if it does, steps feed one (`narrow`).
+    Raises UserError if the keys and values of the model cannot be quantized.
     """
     vocabulary = int(model(mx.array([[0]])).shape[-1])
     expected = _teacher_forced(model, vocabulary)
@@ -58,28 +59,28 @@ def find_decoding(model: nn.Module, kv_bits: int | None = None) -> Decoding:
             why = _fault(decoding, *expected, kv_bits=kv_bits)
         if why is None:
             if isinstance(decoder, ModelDecoder) and (why := _fault(decoding, *expected, wide=True)):
-                decoding.narrow = decoding.narrow or f"steps of several tokens do not serve this model: {why}"
+                decoding.narrow = decoding.narrow or f"this model cannot decode several tokens per step: {why}"
             return decoding
         refused.append(f"{description}: {why}")
     why = refused.pop()  # the last reason is in the description
     if kv_bits:
         raise UserError(
-            f"rollout.kv_bits: the keys and values of this model cannot be quantised: {why}. Leave the setting out"
+            f"rollout.kv_bits: the keys and values of this model cannot be quantized: {why}. Remove the setting"
         )
     together = BatchCaches(model, vocabulary, True, why, tuple(refused))
     if (fault := _fault(together, *expected)) is None:
         return together
-    return BatchCaches(model, vocabulary, False, why, (*refused, f"mlx-lm's batch caches, all rows at once: {fault}"))
+    return BatchCaches(model, vocabulary, False, why, (*refused, f"mlx-lm's batch caches, all rows together: {fault}"))
 
 
 def _shapes(model: nn.Module, refused: list[str]) -> list[CacheShape]:
-    """What each layer caches; nothing, and the reason in `refused`, where prompts cannot be shared."""
+    """What each layer caches. If rows cannot share prompts, returns an empty list and adds the reason to `refused`."""
     try:
         if shapes := cache_shapes(model):
             return shapes
         refused.append(FOREIGN)
-    except Exception as error:  # whatever the model's own code raises, or ours
-        refused.append(f"looking at its caches failed: {cause(error)}")
+    except Exception as error:  # from the model's own code, or from ours
+        refused.append(f"running one token to inspect the caches failed: {cause(error)}")
     return []
 
 
@@ -105,7 +106,7 @@ def _candidates(
 
 
 def _teacher_forced(model: nn.Module, vocabulary: int) -> tuple[mx.array, mx.Dtype]:
-    """Log-probabilities after each forced token, `[2, 3, V]` fp32, and the dtype that the model computes in."""
+    """The logprobs that predict each forced token, `[2, 3, V]` fp32, and the dtype that the model computes in."""
     rows = []
     for prompt, forced in zip(PROMPTS, FORCED, strict=True):
         logits = model(mx.array([[*prompt, *forced]]) % vocabulary)[0, len(prompt) - 1 : -1]
@@ -116,9 +117,9 @@ def _teacher_forced(model: nn.Module, vocabulary: int) -> tuple[mx.array, mx.Dty
 def _fault(
     decoding: Decoding, expected: mx.array, dtype: mx.Dtype, wide: bool = False, kv_bits: int | None = None
 ) -> str | None:
-    """Why a way of decoding does not serve, if it does not: the exception, or its gap from the forward pass.
+    """Why a decoding is not usable: its exception, or its gap from the forward pass. None if it is usable.
 
-    It is tried by plain steps, or by a `wide` one, and may keep keys and values in so many bits.
+    The trial uses plain steps, or one `wide` step. With `kv_bits`, the bound allows for the quantization.
     """
     prompts = [[token % decoding.vocabulary for token in prompt] for prompt in PROMPTS]
     fed = mx.array([[prompt[-1], *forced[:-1]] for prompt, forced in zip(PROMPTS, FORCED, strict=True)])
@@ -127,16 +128,16 @@ def _fault(
         session.admit([0, 1], [Line(SharedPrompt(prompt)) for prompt in prompts])
         found = (_wide_step if wide else _steps)(session, fed % decoding.vocabulary)
         gap: Any = mx.abs(_normalised(found) - expected[:, : found.shape[1]]).mean().item()
-    except Exception as error:  # whatever the model's own code raises, or ours
+    except Exception as error:  # from the model's own code, or from ours
         return cause(error)
     bound = rounding(dtype, kv_bits)
     if gap <= bound:
         return None
-    return f"its logprobs are {gap:.2g} from those of the model's forward pass (bound {bound:.1g})"
+    return f"its logprobs differ by {gap:.2g} from the model's forward pass (bound {bound:.1g})"
 
 
 def _steps(session: Session, fed: mx.array) -> mx.array:
-    """The logits behind each of these tokens `[S, W]`, fed one by one: `[S, W, V]` fp32."""
+    """The logits after each of these tokens `[S, W]`, fed one by one: `[S, W, V]` fp32."""
     steps = []
     for column in range(fed.shape[1]):
         steps.append(session.logits(fed[:, column]).astype(mx.float32))
@@ -145,7 +146,7 @@ def _steps(session: Session, fed: mx.array) -> mx.array:
 
 
 def _wide_step(session: Session, fed: mx.array) -> mx.array:
-    """Those behind the first two, fed together: kernels are made for 2, 4 and 8."""
+    """The logits after each of the first two tokens, fed together, because wide steps feed 2, 4 or 8 tokens."""
     return session.wide(fed[:, :2]).astype(mx.float32)
 
 

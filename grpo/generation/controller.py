@@ -1,15 +1,16 @@
-"""How many tokens a step feeds: always the same number, or what pays on this machine with these rows, by measurement.
+"""Decides how many tokens a step feeds each row: always the same number, or the number that measurements show to pay.
 
-Speculation changes no token and no logprob, only how long they take. So all that is measured here may depend on time.
+Speculation changes no token and no logprob, only the time that they take. So these decisions may depend on time.
 
-`auto` decides every `PLAN` steps, for steps that are alike (`StepKind`):
-1. A width pays if its steps take more tokens a row than they cost time, both against plain steps.
-2. The time is the median of the newest steps. While wide steps run, a few plain ones now and then renew theirs.
-3. The tokens are what wide steps took of late. Before there are any, they are what replays promise: now and then a
-   group that was decoded is decoded again, from its tokens alone (`replay`), in a small part of the time.
-4. A width without a time of late is tried for `PROBE` steps if it promises to be `HOPED` times as fast as the best,
-   unless wide steps have lost more than `AT_RISK` of the time so far.
-5. The fastest width runs, or plain steps where none is `WORTH` times as fast as they are.
+`auto` decides every `PLAN` steps, separately for each `StepKind`:
+1. A width pays if its steps accept more tokens per row than they cost time, both relative to plain steps.
+2. The cost is the median time of the newest steps. While wide steps run, a few plain steps now and then renew the
+   time of plain steps.
+3. The tokens per row are those that recent wide steps accepted. Before there are any, replays estimate them: now and
+   then a decoded group is decoded again from its tokens alone (`replay`), in a small part of the time.
+4. A width without a recent time is tried for `PROBE` steps if it promises to be `HOPED` times as fast as the best
+   width, unless wide steps have lost more than `AT_RISK` of the time so far.
+5. The fastest width runs; plain steps run if no width is `WORTH` times as fast as they are.
 """
 
 from __future__ import annotations
@@ -30,27 +31,27 @@ from grpo.generation.steptimes import SAMPLES, StepKind, StepTimes
 from grpo.generation.tally import DraftTally
 
 PLAN = 16
-"""Steps for which a decision holds."""
+"""Number of steps for which a decision holds."""
 PROBE = 4
-"""Steps of a trial."""
+"""Number of steps in a trial."""
 STALE = 128
-"""Steps after which plain decoding is timed again while it is not used: machines change their speed."""
+"""While wide steps run, plain decoding is timed again after this many steps, because machines change their speed."""
 WORTH = 1.05
-"""How much faster a width must be than plain decoding."""
+"""Minimum speedup over plain decoding for a width to be used."""
 HOPED = 1.1
-"""How much faster an untried width must promise to be."""
+"""Minimum speedup over the best width that an untried width must promise."""
 AT_RISK = 0.02
-"""The part of all decoding time that trials may lose."""
+"""Fraction of all decoding time that trials may lose."""
 WATCHED = 0.005, 0.01
-"""The part of all decoding time that replays may take, and the seconds that they may take besides."""
+"""Fraction of all decoding time that replays may take, and the seconds that they may take in addition."""
 FEWEST = 16
-"""Tokens of a group without which it is not replayed, and turns without which wide steps say nothing."""
+"""Minimum number of tokens in a group for a replay, and minimum number of turns before wide steps are evidence."""
 REPLAYED = 4096
-"""Tokens of the rows that are replayed at once, if more than one: of long rows some stand for all."""
+"""Limit on the tokens of one replay. If the rows of a group are longer, only some of them are replayed."""
 
 
 class DraftKind(NamedTuple):
-    """What rows are guessed alike: greedy or not, and whether their prompt was seen before."""
+    """Rows of one kind have similar acceptance: greedy or not, and whether their prompt was seen before."""
 
     greedy: bool
     seen: bool
@@ -58,7 +59,7 @@ class DraftKind(NamedTuple):
 
 @dataclass(slots=True)
 class WidthPlan:
-    """The width of the next `left` steps of a case."""
+    """The width of the next `left` steps of one `StepKind`."""
 
     width: int
     left: int
@@ -70,17 +71,17 @@ class Always:
     def __init__(self, width: int) -> None:
         self.drafts, self.tally, self._width = Drafts(), DraftTally(), width
         self.most = WIDEST
-        """Tokens that a step may feed a row at the most: as many as there is memory for."""
+        """See `Speculation.most`."""
 
     @property
     def description(self) -> str:
-        """What it does, for a person."""
+        """One line for people: which steps feed drafts."""
         drafts = min(self._width, self.most) - 1
         every = f"every step feeds a row {drafts} draft{'s' if drafts > 1 else ''}"
         short = ", because memory has no room for more" if self.most < self._width else ""
         return f"{every}{short} (rollout.speculate: {self._width - 1})"
 
-    def width(self, rows: Sequence[Row | None]) -> int:  # noqa: ARG002  the same for all
+    def width(self, rows: Sequence[Row | None]) -> int:  # noqa: ARG002  the same for all rows
         return min(self._width, self.most)
 
     def propose(self, rows: Sequence[Row | None], width: int) -> list[list[int]]:
@@ -95,7 +96,7 @@ class Always:
 
 
 class Automatic(Always):
-    """Speculation where it pays, as the head of this file tells."""
+    """Speculation where it pays: see the docstring of this file."""
 
     def __init__(self) -> None:
         super().__init__(1)
@@ -104,11 +105,11 @@ class Automatic(Always):
         self._taken: defaultdict[tuple[DraftKind, int], Taken] = defaultdict(Taken)  # at wide steps
         self._promised: defaultdict[tuple[DraftKind, int], Taken] = defaultdict(Taken)  # by replays
         self._elapsed = self._lost = self._watching = 0.0
-        self._cost = 5e-6  # seconds that a replay takes for a token
+        self._cost = 5e-6  # seconds that a replay takes per token
 
     @property
     def description(self) -> str:
-        return "drafts where they pay, by the times of steps on this machine (rollout.speculate: auto)"
+        return "drafts where they pay, judged by step times on this machine (rollout.speculate: auto)"
 
     def width(self, rows: Sequence[Row | None]) -> int:
         case = StepKind.of(rows)
@@ -142,9 +143,9 @@ class Automatic(Always):
             self._watch(group, list(group.ended))
 
     def _expected(self, case: StepKind, rows: Sequence[Row], width: int) -> float:
-        """Tokens that each of these rows takes at a step of this width, on average.
+        """The mean number of tokens that these rows accept at a step of this width.
 
-        Wide steps say it where this case has had them of late; before that, replays do.
+        It comes from recent wide steps of this case, or else from replays.
         """
         tried = self._times.cost(case, width) is not None
         seen = fmean(self.drafts.group(row.prompt).seen for row in rows)
@@ -159,9 +160,9 @@ class Automatic(Always):
         sums = {True: [0, 0], False: [0, 0]}
         for row, tokens in zip(rows, taken, strict=True):
             if row is not None:
-                of = sums[self.drafts.group(row.prompt).seen]
-                of[0] += tokens
-                of[1] += 1
+                total = sums[self.drafts.group(row.prompt).seen]
+                total[0] += tokens
+                total[1] += 1
         for seen, (tokens, turns) in sums.items():
             if turns:
                 self._taken[DraftKind(case.greedy, seen), width].add(tokens, turns)
@@ -178,15 +179,15 @@ class Automatic(Always):
         best = best if measured.get(best, 0.0) >= WORTH else 1
         trials = [width for width in hoped if hoped[width] >= HOPED * measured.get(best, 1.0)]
         if trials and self._lost <= AT_RISK * self._elapsed:
-            for seen in (True, False):  # what it took long ago says nothing
+            for seen in (True, False):  # tokens accepted long ago are no evidence
                 self._taken.pop((DraftKind(case.greedy, seen), trials[0]), None)
             return WidthPlan(trials[0], PROBE)
         return WidthPlan(best, PLAN)
 
     def _speedups(self, case: StepKind, rows: Sequence[Row]) -> tuple[dict[int, float], dict[int, float]]:
-        """How many times as fast as plain decoding each width is, where its time is measured, and may be elsewhere.
+        """The speedup of each width over plain decoding: measured for some widths, and estimated for the others.
 
-        A time that is not measured is taken to grow with the width as it does up to the next narrower width.
+        The cost of a width without a measured time is extrapolated linearly from the next narrower measured width.
         """
         measured: dict[int, float] = {}
         hoped: dict[int, float] = {}
@@ -203,15 +204,15 @@ class Automatic(Always):
         return [width for width in WIDTHS if width <= self.most]
 
     def _watch(self, group: Siblings, rows: Sequence[Row]) -> None:
-        """Replay a group, in flight or ended, if there is time and it has twice the tokens that it had before."""
+        """Replay a group, in flight or ended, if there is time and it has twice the tokens of its last replay."""
         lengths = {row: len(row.token_ids) for row in rows}
-        tokens, share, besides = sum(lengths.values()), *WATCHED
+        tokens, share, extra = sum(lengths.values()), *WATCHED
         if not self._widths() or tokens < max(FEWEST, 2 * sum(group.replayed.values())):
             return
         if tokens > REPLAYED:
             rows = rows[: max(1, len(rows) * REPLAYED // tokens)]
         work = len(self._widths()) * (sum(lengths[row] for row in rows) + group.background)
-        left = besides + share * self._elapsed - self._watching
+        left = extra + share * self._elapsed - self._watching
         if work * self._cost > left:
             return
         began = time.perf_counter()
@@ -225,12 +226,12 @@ class Automatic(Always):
 
 
 def widest_of(setting: Literal["auto", "off"] | int) -> int:
-    """The most tokens that a step feeds a row as `rollout.speculate` asks for it."""
+    """The largest number of tokens that a step feeds a row under this setting of `rollout.speculate`."""
     return {"off": 1, "auto": WIDEST}[setting] if isinstance(setting, str) else setting + 1
 
 
 def speculation_of(setting: Literal["auto", "off"] | int) -> Speculation | None:
-    """What a recipe's `rollout.speculate` asks for: `auto`, `off`, or so many drafts at every step."""
+    """The speculation for a recipe's `rollout.speculate`: `auto`, `off`, or the number of drafts at every step."""
     if setting == "off":
         return None
     return Automatic() if setting == "auto" else Always(widest_of(setting))

@@ -1,8 +1,8 @@
 """Decode attention as CUDA kernels.
 
-MLX writes into a buffer only when no step in flight holds it, so a pipelined loop of stock operations copies all keys
-and values at every step. The kernels write them into their columns themselves instead, behind MLX's back: nobody else
-may write those buffers while a step is in flight.
+MLX writes into a buffer only if no step in flight holds it, so a pipelined loop of stock operations copies all keys and
+values at every step. These kernels instead write new keys and values into their columns in place, which MLX does not
+know: no other code may write these buffers while a step is in flight.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ from grpo.generation.joined import Half
 from grpo.generation.slots import WIDEST, View, Where
 
 WARPS = 4
-"""Warps of a block on tensor cores."""
+"""Warps per block that uses tensor cores."""
 PLAIN_WARPS = 8
-"""Warps of a block that computes in fp32."""
+"""Warps per block that computes in fp32."""
 MOST_QUERIES = 16
-"""Query heads times positions that a block takes together, for heads of up to 128 numbers; half of it for wider."""
+"""Limit on query heads times positions per block, for heads of up to 128 numbers; half of it for wider heads."""
 MOST_TOGETHER = 8
-"""Query heads times positions times rows of one prompt that a block takes together."""
+"""Limit on query heads times positions times rows of one prompt per block."""
 BLOCKS = 528
-"""Blocks that fill a device. Where there are fewer, several share the columns of a row."""
+"""Number of blocks that fill a device. With fewer blocks, several blocks share the columns of a row."""
 MOST_SPLITS = 16
+"""Limit on the number of blocks that share the columns of a row."""
 WIDTHS = (32, 64, 128, 256)
-"""Widths of a head that a warp reads in vectors."""
+"""Head widths that a warp can read as vectors."""
 MOST_REPEATS = 8
-"""Query heads for each head of keys that fit a block's registers."""
+"""Largest number of query heads per key head that fits a block's registers."""
 SHARED_BYTES = 48 * 1024
-"""Shared memory that a block may declare."""
+"""Bytes of shared memory that a block may declare."""
 
 
 class CudaAttention:
@@ -70,7 +71,7 @@ class CudaAttention:
         return self.attend_half(layer, Half(qkv, qkv, 0, qkv, (0, 0, 0), None), block, blocks, view)
 
     def attend_half(self, layer: Layer, qkv: Half, block: Block, blocks: Blocks, view: View | Where) -> mx.array:
-        """Attention from a block's product to which its adapters are applied by half: `[S · W, HQ · D]`."""
+        """Attention from a block's joined product; the kernel also applies the adapters' B: `[S · W, HQ · D]`."""
         norm, rows = block.qk_norm, view.where.place_of.shape[0]
         inputs = {
             **half_inputs(qkv),
@@ -94,7 +95,7 @@ class CudaAttention:
         view: View | Where,
         sizes: tuple[int, int, int, int, int],
     ) -> mx.array:
-        """`sizes` are rows, positions of each, heads of queries and of keys, and their width."""
+        """Run a kernel. `sizes`: rows, positions per row, query heads, key heads, and the width of a head."""
         rows, wide, query_heads, heads, width = sizes
         dtype, repeats = layer.keys.dtype, query_heads // heads
         tensor = dtype != mx.float32 and width % 64 == 0
@@ -102,7 +103,7 @@ class CudaAttention:
         together = max(1, MOST_TOGETHER // (positions * repeats)) if tensor and positions == wide else 1
         placed, tiles = self._rows(view.where, layer, wide, together)
         groups = (len(tiles) if together > 1 else rows) * heads * -(-wide // positions)
-        full = -(-rows // together) * heads * -(-wide // positions)  # groups, if all tiles are full
+        full = -(-rows // together) * heads * -(-wide // positions)  # the number of groups if all tiles are full
         splits = min(MOST_SPLITS, largest_power_of_two(BLOCKS // full)) if tensor and full <= BLOCKS else 1
         warps = WARPS if tensor else PLAIN_WARPS
         names = ("prefix_keys", "prefix_values", "own_keys", "own_values")
@@ -133,14 +134,12 @@ class CudaAttention:
         return out
 
     def _rows(self, where: Where, layer: Layer, wide: int, together: int) -> tuple[mx.array, mx.array]:
-        """Where all rows are at one step, `[S, 4]` int32, and tiles of rows of one prompt, `[n, together]`.
-
-        They are made once for all layers.
-        """
+        """The place, prompt length and column of each row at this step, `[S, 4]` int32, and tiles of rows that share a
+        prompt, `[n, together]` int32. Both are computed once per step for all layers."""
         if self._placed is None or self._placed[0] is not where or self._placed[1] != (wide, together):
             inputs = {**where._asdict(), "own_keys": layer.keys}
             rows, places = where.place_of.shape[0], where.lengths.shape[0]
-            tiles = rows // together + min(rows, places)  # a tile may be filled in part for each prompt
+            tiles = rows // together + min(rows, places)  # each prompt may have one tile that is not full
             made = kernel("grpo_rows", tuple(inputs), ("rows", "tiles"), ROWS)(
                 inputs=list(inputs.values()),
                 template=[
@@ -155,7 +154,7 @@ class CudaAttention:
         return self._placed[2]
 
     def _counter(self, groups: int) -> mx.array:
-        """A zero for each group of blocks that share columns, which they leave at zero."""
+        """A counter per group of blocks that share columns, at zero. The blocks leave it at zero."""
         if groups not in self._counters:
             self._counters[groups] = mx.zeros(groups, mx.int32)
             mx.eval(self._counters[groups])
@@ -163,7 +162,7 @@ class CudaAttention:
 
 
 def half_inputs(half: Half) -> dict[str, mx.array]:
-    """What kernels that apply B read."""
+    """The inputs of kernels that apply the adapters' B."""
     bias = half.b if half.bias is None else half.bias
     return {"product": half.base, "low": half.low, "b": half.b, "bias": bias}
 
@@ -173,7 +172,7 @@ def half_template(half: Half) -> list[tuple[str, Any]]:
 
 
 def serves(shapes: Sequence[CacheShape], query_heads: int) -> bool:
-    """Whether there is a CUDA device, and the kernels can handle caches of these shapes."""
+    """Whether there is a CUDA device, and the kernels support caches of these shapes."""
     return available() and all(
         shape.key_width == shape.value_width
         and shape.key_width in WIDTHS
@@ -184,5 +183,5 @@ def serves(shapes: Sequence[CacheShape], query_heads: int) -> bool:
 
 
 def _shared_bytes(repeats: int, width: int) -> int:
-    """What `query`, `staged`, `totals`, `highests` and `weights` take in a block that computes in fp32."""
+    """Bytes of `query`, `staged`, `totals`, `highests` and `weights` in a block that computes in fp32."""
     return 4 * (repeats * width + PLAIN_WARPS * width + PLAIN_WARPS * repeats * width + 2 * PLAIN_WARPS * repeats)

@@ -1,4 +1,4 @@
-"""What lies between the products of a layer, as CUDA kernels that apply the second half of the adapters in passing."""
+"""CUDA kernels for the operations between a layer's products. They also apply the adapters' B."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ ADD_AND_NORM = """
 """
 
 GATED = """
-    // A thread takes VECTOR columns of ROWS rows: silu(gate) · up of x @ W + x @ A @ B.
+    // A thread computes VECTOR columns of ROWS rows: silu(gate) · up, from x @ W + x @ A @ B.
     constexpr int BATCH = 16, ACROSS = (I + THREADS * VECTOR - 1) / (THREADS * VECTOR);
     struct alignas(sizeof(T) * VECTOR) Vector { T x[VECTOR]; };
     int at = (blockIdx.x % ACROSS * THREADS + threadIdx.x) * VECTOR, begin = blockIdx.x / ACROSS * ROWS;
@@ -111,7 +111,7 @@ GATED = """
 
 
 def add_and_norm(hidden: mx.array, half: Half, norm: Norm) -> tuple[mx.array, mx.array]:
-    """`hidden` `[N, H]` plus a product, and the sum's norm, both `[N, H]` of its dtype."""
+    """`hidden` `[N, H]` plus a product, and the norm of this sum, both `[N, H]` in the dtype of `hidden`."""
     rows, width = hidden.shape
     inputs = {"hidden": hidden, **half_inputs(half), "weight": norm.weight}
     source = constant("EPS", norm.eps) + ADD_AND_NORM
@@ -132,7 +132,7 @@ def add_and_norm(hidden: mx.array, half: Half, norm: Norm) -> tuple[mx.array, mx
 
 
 def gated(half: Half, width: int) -> mx.array:
-    """silu(gate) · up, `[N, width]`, of their product."""
+    """silu(gate) · up, `[N, width]`, from the joined product of gate and up."""
     rows, inputs = half.base.shape[0], half_inputs(half)
     together = 1 if rows < 128 else 2 if rows < 512 else 4
     vector = _vector(width, half)
@@ -153,5 +153,5 @@ def gated(half: Half, width: int) -> mx.array:
 
 
 def _vector(width: int, half: Half) -> int:
-    """Numbers that a thread reads at once: every row of every input must be aligned to them."""
+    """The number of values that a thread reads as one vector. Every row of every input must be aligned to it."""
     return 4 if width % 4 == 0 and half.base.shape[1] % 4 == 0 else 1

@@ -1,8 +1,8 @@
-"""A product of few rows by a CUDA kernel of our own.
+"""A CUDA kernel for matrix products with few rows.
 
-MLX asks cuBLAS for an algorithm at every product, which takes the host longer than the device takes for a few rows.
-Here the order of a row's sums does not depend on how many rows there are, so a row's product is the same to the bit in
-steps of one token and of several, up to `MOST_ROWS`.
+For every product, MLX asks cuBLAS for an algorithm, which takes the host longer than the device needs for a few rows.
+In this kernel, the order of summation does not depend on the number of rows (up to `MOST_ROWS`). So a row's product is
+the same to the bit in steps of one token and in steps of several tokens.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ MOST_ROWS = 64
 WARPS = 8
 
 PRODUCT = """
-    // A block takes MANY * 16 outputs of all rows, and its warps share the K numbers of a row. Any order of those
-    // serves, so every lane reads 8 neighbours at once.
+    // A block computes MANY * 16 outputs of all rows, and its warps share the K numbers of a row. The order of these
+    // numbers does not matter, so every lane reads 8 adjacent numbers as one vector.
     using grpo_kernels::multiply;
     constexpr int THREADS = WARPS * 32;
     int rows = x_shape[0], outs = matrix_shape[0];
@@ -61,7 +61,7 @@ PRODUCT = """
 
 
 def serves(x: mx.array, matrix: mx.array) -> bool:
-    """Whether the kernel takes a product of `x` `[N, K]` and `matrix` `[outs, K]`."""
+    """Whether the kernel supports the product of `x` `[N, K]` and `matrix` `[outs, K]`."""
     few = x.ndim == 2 and x.shape[0] <= MOST_ROWS and x.shape[1] % 32 == 0
     return few and available() and x.dtype == matrix.dtype and matrix.dtype in (mx.bfloat16, mx.float16)
 

@@ -1,11 +1,12 @@
-"""How the kernels for decode attention begin: which rows a block takes, and their queries, keys and values.
+"""The first part of the kernels for decode attention: the rows of a block, and their queries, keys and values.
 
-`grpo.generation.cuda_sources` has what follows.
+The second part is in `grpo.generation.cuda_sources`.
 """
 
 ROWS = """
-    // What every block needs to know, by one block: of each row its prefix place, the tokens there, and the columns it
-    // has filled; and the rows sorted by place into tiles of TOGETHER, with -1 where a tile has fewer.
+    // One block prepares what every block reads: for each row its prefix place, the number of tokens there, and the
+    // number of columns that the row has filled; and the rows sorted by place into tiles of TOGETHER rows, filled up
+    // with -1.
     __shared__ int counts[MOST], begins[MOST], place_at[MOST];
     int slots = place_of_shape[0], places = lengths_shape[0], all_tiles = slots / TOGETHER + min(slots, places);
     for (int place = threadIdx.x; place < places; place += blockDim.x) counts[place] = 0;
@@ -43,8 +44,8 @@ BEGIN = """
     int head = blockIdx.x / (SPLITS * CHUNKS) % HK, group = blockIdx.x / (SPLITS * CHUNKS * HK);
     int room = own_keys_shape[2], prefix = prefix_keys_shape[2];
     int from = chunk * POSITIONS, to = min(WIDE, from + POSITIONS);
-    // The rows of this block, how many columns each has filled, and where its tiles of 16 columns begin, behind the
-    // prompt's.
+    // The rows of this block, the number of columns that each has filled, and where its tiles of 16 columns begin. The
+    // tiles of the prompt come first.
     __shared__ int slots[TOGETHER], filled[TOGETHER], begins[TOGETHER + 2];
     int4 of_first = ((const int4*)rows)[TOGETHER > 1 ? max(0, tiles[group * TOGETHER]) : group];
     int place = of_first.x, prompt = of_first.y;
@@ -65,12 +66,12 @@ BEGIN = """
     const T* prompt_keys = prefix_keys + ((size_t)place * HK + head) * prefix * D;
     const T* prompt_values = prefix_values + ((size_t)place * HK + head) * prefix * D;
     auto own = [&](const T* all, int r) { return const_cast<T*>(all) + ((size_t)slots[r] * HK + head) * room * D; };
-    // Whoever reads a row's newest columns has written them.
+    // Every block that reads a row's newest columns also writes them.
     auto writes = [&](int r) { return first < begins[r + 2] && last > begins[r + 1] + filled[r] / 16; };
 """
 
 PREPARED = """
-    // Queries, keys and values come ready, as [S, heads, WIDE, D].
+    // Queries, keys and values are normalized and rotated already: [S, heads, WIDE, D].
     for (int r = 0; r < TOGETHER; ++r) {
         if (slots[r] < 0) continue;
         size_t of_head = (size_t)slots[r] * HK + head;
@@ -87,8 +88,8 @@ PREPARED = """
 """
 
 JOINED = """
-    // Queries, keys and values come as one product, to which B is still to be applied; a warp takes one head of one
-    // position, adds x @ A @ B, norms and rotates.
+    // Queries, keys and values come as one product without the adapters' B. A warp handles one head of one position: it
+    // adds x @ A @ B, normalizes and rotates.
     __shared__ float staged[WARPS][D];
     int pairs = frequencies_shape[0], queries = REPEATS * (to - from), items = queries + 2 * to;
     for (int item = warp; item < TOGETHER * items; item += WARPS) {

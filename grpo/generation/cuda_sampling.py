@@ -1,7 +1,7 @@
-"""Sampling in CUDA kernels, which read the logits where they are: no fp32 copy of `[S, V]` is ever made.
+"""Sampling in CUDA kernels, which read the logits in place: no fp32 copy of `[S, V]` is ever made.
 
-One finds the threshold of the filters. One draws by the Gumbel trick from parts of the vocabulary, and one compares the
-parts' draws and says with what probability the token was drawn.
+The first kernel finds the threshold of the filters. The second draws a token from each part of the vocabulary with the
+Gumbel trick. The third compares the draws of the parts and computes the logprobs of the token.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from grpo.backend.maths import largest_power_of_two
 
 THREADS = 512
 BLOCKS = 528
-"""Blocks that fill a device. Where there are fewer rows, several blocks share a row's vocabulary."""
+"""Number of blocks that fill a device. With fewer rows, several blocks share a row's vocabulary."""
 MOST_PARTS, LEAST_TOKENS = 16, 4096
-"""Of a row's vocabulary: parts at most, and tokens in each at least."""
+"""Largest number of parts of a vocabulary, and smallest number of tokens in a part."""
 
 COMMON = """
     constexpr int AT_ONCE = 4, WARPS = THREADS / 32;
@@ -65,8 +65,8 @@ COMMON = """
 THRESHOLD = (
     COMMON
     + """
-    // A bracket around the threshold is narrowed eight times a pass, by how many tokens or how much probability lie
-    // above each of eight candidates; when few tokens are left in it, each one's rank is counted.
+    // Each pass makes the bracket around the threshold eight times narrower: it finds the number of tokens, or their
+    // probability, above each of eight candidates. When few tokens are left in the bracket, their ranks are counted.
     constexpr int CANDIDATES = 8, MOST = 1024, PASSES = 3, TRIES = 8;
     constexpr float RANGE = 32.f;
     __shared__ float members[MOST], member_weights[MOST];
@@ -104,7 +104,7 @@ THRESHOLD = (
                 if (place < MOST) { members[place] = x; member_weights[place] = mass ? __expf(-distance) : 1.f; }
             });
             __syncthreads();
-            if (listed <= MOST || !narrow()) break;  // beyond all tries they are as good as equal
+            if (listed <= MOST || !narrow()) break;  // after all tries, the tokens that are left are nearly equal
         }
         int many = min(listed, MOST);
         float mine = INFINITY;
@@ -129,7 +129,7 @@ THRESHOLD = (
 DRAW = (
     COMMON
     + """
-    // Philox 4x32-10 (Salmon 2011, doi 10.1145/2063384.2063405): four numbers from the row's key, the step and a place.
+    // Philox 4x32-10 (Salmon 2011, doi 10.1145/2063384.2063405): four numbers from a row's key, the step and an index.
     auto philox = [&](unsigned place, unsigned* r) {
         unsigned k0 = keys[2 * row], k1 = keys[2 * row + 1], c0 = place, c1 = decoded[row], c2 = 0, c3 = 0;
         for (int round = 0; round < 10; ++round) {
@@ -148,7 +148,7 @@ DRAW = (
         each(plain, [&](float x, int) { plain_top = fmaxf(plain_top, x); });
         plain_top = reduced(plain_top, larger, -INFINITY);
     }
-    // A part without a token that may be drawn has no top, and draws nothing.
+    // A part without a token that may be drawn has no maximum, and draws nothing.
     float shaped_top = top > -INFINITY ? top : 0.f, whole_top = plain_top > -INFINITY ? plain_top : 0.f;
     for (int place = start / 4 + threadIdx.x; place * 4 < stop; place += THREADS) {
         unsigned random[4];
@@ -190,7 +190,7 @@ DRAW = (
 )
 
 COMPARE = """
-    // A thread for each row: the best of its parts' draws, and what all parts weigh.
+    // One thread per row: the best of its parts' draws, and the total weight of all parts.
     int row = blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= winners_of_shape[0] / PARTS) return;
     const float* of = parts + (size_t)row * PARTS * 8;
@@ -213,10 +213,10 @@ COMPARE = """
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """Logits `[S, V]` of the model's dtype, and what is to be done to them before a token is drawn.
+    """Logits `[S, V]` in the model's dtype, and how to reshape them before a token is drawn.
 
-    seen `[S, V]` bool or None, with the penalty on what it marks; stops `[V]` bool, which rows that have decoded fewer
-    than min_tokens may not draw; decoded `[S]` int32.
+    seen `[S, V]` bool marks the tokens that get the repetition penalty, or is None; stops `[V]` bool marks the tokens
+    that a row must not draw before it has decoded min_tokens tokens; decoded `[S]` int32 counts these.
     """
 
     values: mx.array
@@ -242,7 +242,7 @@ class Logits:
 
 
 def threshold(logits: Logits, top_k: int, top_p: float, min_p: float) -> mx.array:
-    """`grpo.generation.filters.threshold` of the reshaped logits, without sorting them: `[S, 1]` fp32."""
+    """`grpo.generation.filters.threshold` for the reshaped logits, without sorting them: `[S, 1]` fp32."""
     rows = logits.values.shape[0]
     inputs = {
         **logits.inputs(), "top_p": scalar(top_p), "log_min_p": scalar(math.log(min_p) if min_p else -math.inf),
@@ -262,10 +262,10 @@ def threshold(logits: Logits, top_k: int, top_p: float, min_p: float) -> mx.arra
 def draw(
     logits: Logits, lowest: mx.array | None, keys: mx.array, logprobs: bool
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Tokens `[S]` uint32 of the reshaped logits that are not below `lowest` `[S, 1]`, by keys `[S, 2]` uint32.
+    """Draw tokens `[S]` uint32 whose reshaped logits are not below `lowest` `[S, 1]`, with keys `[S, 2]` uint32.
 
-    With `logprobs` also theirs at the temperature and under the distribution drawn from, `[S]` fp32 both; without,
-    those two are not computed and mean nothing.
+    Also returns the tokens' logprobs at the temperature and under the distribution that they were drawn from, both
+    `[S]` fp32. Without `logprobs`, these two arrays are not computed and hold arbitrary values.
     """
     rows, size = logits.values.shape
     most = max(1, min(MOST_PARTS, BLOCKS // rows, size // LEAST_TOKENS))
@@ -280,7 +280,7 @@ def draw(
         output_dtypes=[mx.float32, mx.int32],
     )
     outputs = ("tokens", "logprobs", "sampler_logprobs")
-    tokens, theirs, sampled = kernel("grpo_compare_draws", ("parts", "winners_of"), outputs, COMPARE)(
+    tokens, plain, sampled = kernel("grpo_compare_draws", ("parts", "winners_of"), outputs, COMPARE)(
         inputs=drawn,
         template=[("PARTS", parts)],
         grid=(-(-rows // 32) * 32, 1, 1),
@@ -288,4 +288,4 @@ def draw(
         output_shapes=[(rows,), (rows,), (rows,)],
         output_dtypes=[mx.uint32, mx.float32, mx.float32],
     )
-    return tokens, theirs, sampled
+    return tokens, plain, sampled

@@ -1,9 +1,9 @@
 """The source of the kernels for decode attention, in parts that `grpo.generation.cuda_attention` puts together.
 
-A block attends for one head of keys, for `TOGETHER` rows of one prompt, which it reads once for them, and for as many
-of the step's positions as it has room for (`POSITIONS` of `WIDE`); `SPLITS` blocks share the columns where there are
-too few rows to fill the device. Single numbers are written into the source: MLX keeps arrays of up to 8 bytes in the
-host's memory, which blocks would wait for.
+A block attends for one head of keys and for `TOGETHER` rows of one prompt, which it reads once for all of them. It
+handles as many of the step's positions as it has room for (`POSITIONS` of `WIDE`). If there are too few rows to fill
+the device, `SPLITS` blocks share the columns. Scalars are written into the source: MLX keeps arrays of up to 8 bytes in
+host memory, and blocks would wait for that.
 """
 
 HEADER = """
@@ -12,7 +12,7 @@ HEADER = """
 
 namespace grpo_kernels {
 
-// D += A · B of 16 × 16 and 16 × 8 numbers by a warp on the tensor cores.
+// D += A · B on the tensor cores, by one warp: A is 16 × 16, B is 16 × 8.
 template <typename T>
 __device__ inline void multiply(float* d, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1);
 
@@ -57,8 +57,8 @@ PLAIN_BEGIN = """
 """
 
 PLAIN = """
-    // In fp32, or for narrow heads: warps stride over the prompt's columns and the row's own, four at a time, each with
-    // a running softmax for every query head, and are put together at the end.
+    // In fp32, or for narrow heads: warps stride over the prompt's columns and the row's own columns, four at a time.
+    // Each warp keeps a running softmax for every query head; the results of the warps are combined at the end.
     constexpr int AT_ONCE = 4;
     int columns = prompt + filled[0] + to;
     const T* row_keys = own(own_keys, 0);
@@ -129,8 +129,9 @@ TENSOR_BEGIN = """
 """
 
 TENSOR = """
-    // A warp takes 16 columns at a time: their keys times the queries, and their values, transposed, times the shares.
-    // Any order of a head's numbers serves for a dot product, so every lane reads 8 neighbours of a column at once.
+    // A warp handles 16 columns at a time: their keys times the queries, then their values, transposed, times the
+    // shares. A dot product does not depend on the order of a head's numbers, so every lane reads 8 adjacent numbers of
+    // a column as one vector.
     __syncthreads();
     constexpr int PARTS = D / 32, HALVES = D / 64;
     constexpr float NOTHING = -1e30f;
@@ -175,7 +176,7 @@ TENSOR = """
         }
         #pragma unroll
         for (int n = 0; n < TILES; ++n) {
-            // Of queries 2t and 2t + 1: columns g (0, 1) and g + 8 (2, 3).
+            // The scores of queries 2t and 2t + 1 with column g (0, 1) and with column g + 8 (2, 3).
             float s[4] = {0.f, 0.f, 0.f, 0.f}, fades[2];
             #pragma unroll
             for (int c = 0; c < PARTS; ++c) {
@@ -251,7 +252,7 @@ TOGETHER = """
         parts[(block + m) * D + d] = sum;
         if (d == 0) { marks[2 * (block + m)] = top; marks[2 * (block + m) + 1] = all; }
     }
-    // The last block of those that share the columns puts their parts together, and leaves the counter at 0.
+    // Of the blocks that share the columns, the last to arrive combines their parts and resets the counter to 0.
     __shared__ bool latest;
     __threadfence();
     __syncthreads();

@@ -1,7 +1,7 @@
-"""One decoding step of a model: tokens in, logits out, keys and values through an `Attention`.
+"""One decoding step of a model: tokens in, logits out, with keys and values in the buffers of an `Attention`.
 
-`BlockDecoder` computes a Llama-like model from its joined weights; `ModelDecoder` runs any model whose attention goes
-through mlx-lm's `scaled_dot_product_attention`.
+`BlockDecoder` computes a Llama-like model from its joined weights; `ModelDecoder` runs any model whose attention calls
+mlx-lm's `scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from grpo.model.attending import asking_caches, attends
 
 
 class Decoder(Protocol):
-    """S slots of W tokens each, V tokens in the vocabulary."""
+    """Computes a model's decoding step. S slots of W tokens each, V tokens in the vocabulary."""
 
     copied: int
-    """Bytes that are held beside the model's own weights from `refresh` to `forget`."""
+    """Bytes of weight copies, in addition to the model's own weights, between `refresh` and `forget`."""
 
     def refresh(self) -> None:
-        """Take over what the model's arrays are now."""
+        """Read the model's arrays again: they may have been replaced."""
         ...
 
     def forget(self) -> None:
-        """Hold no weight that trains until the next `refresh`, because it may be replaced, and no copy of any."""
+        """Release the weights that train, which may be replaced, and all copies of weights, until `refresh`."""
         ...
 
     def logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View) -> mx.array:
-        """Feed W tokens to each slot, `[S, W]`, and return `[S, W, V]` of the model's dtype."""
+        """Feed W tokens to each slot, `[S, W]`, and return logits `[S, W, V]` in the model's dtype."""
         ...
 
 
 class BlockDecoder:
-    """A Llama-like model by its blocks."""
+    """Decodes a Llama-like model by its blocks."""
 
     def __init__(self, blocks: Blocks) -> None:
         self.blocks = blocks
@@ -55,7 +55,7 @@ class BlockDecoder:
 
     def refresh(self) -> None:
         if self.blocks.refresh() and not self.blocks.train:
-            self._compiled = None  # a trace keeps the weights that it was made with, unless they train
+            self._compiled = None  # a trace keeps the weights that it was made with, unless they are its inputs
 
     def forget(self) -> None:
         self.blocks.forget()
@@ -63,7 +63,7 @@ class BlockDecoder:
     def logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View) -> mx.array:
         if not attention.overlaps:
             return self._logits(tokens, layers, attention, view)
-        # Kernels that are told by arrays alone where things are make a trace that serves every step.
+        # The kernels read all positions from arrays, so one trace works for every step.
         if self._compiled is None:
             self._compiled = self._trace(attention)
         return self._compiled(tokens, [layer.arrays() for layer in layers], view.where)
@@ -72,7 +72,7 @@ class BlockDecoder:
         def logits(tokens: mx.array, buffers: list[list[mx.array]], where: Where) -> mx.array:
             return self._logits(tokens, [Layer(*arrays) for arrays in buffers], attention, where)
 
-        # A trace keeps the arrays that it was made with, but for its inputs.
+        # A trace keeps the arrays that it was made with, except its inputs.
         blocks = self.blocks
         inputs = blocks.arrays if blocks.train else [product.lora for product in blocks.products]
         traced: Callable[..., mx.array] = mx.compile(logits, inputs=inputs)
@@ -80,7 +80,7 @@ class BlockDecoder:
 
     def _logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View | Where) -> mx.array:
         blocks, rows = self.blocks, tokens.size
-        # All layers but attention see rows of tokens, whichever slots they are from.
+        # Only attention needs to know the slots: all other operations see a list of tokens.
         hidden = blocks.embed(padded(tokens.flatten(), fewest_rows(), 0))
         if self._halved and isinstance(attention, CudaAttention):
             hidden = self._through_kernels(hidden, layers, attention, view)
@@ -92,7 +92,7 @@ class BlockDecoder:
     def _through_kernels(
         self, hidden: mx.array, layers: Sequence[Layer], attention: CudaAttention, view: View | Where
     ) -> mx.array:
-        """All layers and the last norm, in eight kernels a layer: `[S · W, H]`."""
+        """All layers and the last norm, with eight kernels per layer: `[S · W, H]`."""
         blocks = self.blocks
         norms = [*(block.before_attention for block in blocks.layers[1:]), blocks.norm]
         normed = blocks.layers[0].before_attention(hidden)
@@ -113,7 +113,7 @@ class BlockDecoder:
 
 
 class ModelDecoder:
-    """Any model with plain keys and values, by its own forward pass."""
+    """Decodes any model with plain keys and values by its own forward pass."""
 
     copied = 0
 
@@ -122,11 +122,11 @@ class ModelDecoder:
         self._files: list[ModuleType] = []
 
     def refresh(self) -> None:
-        """Find the files that the model's modules come from; its arrays are what they are."""
+        """Find the Python modules with the model's layers. Decoding uses the model's own arrays."""
         self._files = attends(self.model)
 
     def forget(self) -> None:
-        """Nothing to do: no array is held."""
+        """Nothing to do: this object holds no arrays."""
 
     def logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View) -> mx.array:
         slots, width = tokens.shape
@@ -138,10 +138,10 @@ class ModelDecoder:
 
 
 class _LayerCache:
-    """One layer's buffers behind the protocol of mlx-lm's caches, for the length of one step."""
+    """One layer's buffers as an mlx-lm cache, for one step."""
 
     def __init__(self, layer: Layer, attention: Attention, view: View, rows: int) -> None:
-        """`rows` go through the model: the first of them are the slots', the others fill a product up."""
+        """`rows` rows go through the model: first those of the slots, then padding for the products."""
         self._layer, self._attention, self._view, self._rows = layer, attention, view, rows
 
     @property
@@ -149,7 +149,7 @@ class _LayerCache:
         return padded(self._view.positions, self._rows, 0)
 
     def make_mask(self, _n: int, **_kwargs: Any) -> None:
-        """None is needed: attention goes through `attend`."""
+        """Return no mask: `attend` knows which columns each row may see."""
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         return keys, values
@@ -158,9 +158,9 @@ class _LayerCache:
         self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Any, sinks: mx.array | None
     ) -> mx.array:
         if sinks is not None:
-            raise ValueError("attention with sinks")
+            raise ValueError("this model's attention has sinks")
         if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
-            raise ValueError("attention with scores of the model's own")
+            raise ValueError("this model's attention adds a bias to its scores")
         slots = len(self._view.place_of)
-        own = (queries[:slots], keys[:slots], values[:slots])
-        return padded(self._attention.attend(self._layer, *own, scale, self._view), self._rows, 0)
+        unpadded = (queries[:slots], keys[:slots], values[:slots])
+        return padded(self._attention.attend(self._layer, *unpadded, scale, self._view), self._rows, 0)

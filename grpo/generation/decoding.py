@@ -1,4 +1,4 @@
-"""What a generator decodes with. One `Decoding` for a model, one `Session` of it while rows are in flight."""
+"""The interface between the generator and a model: one `Decoding` per model, one `Session` while rows are in flight."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from grpo.model.quantized import dtype_of
 from grpo.model.tensor import is_divided
 
 SCORES_HELD = 3
-"""Copies of attention scores, in fp32, that stock operations hold at once."""
+"""Number of copies of the attention scores, in fp32, that stock operations hold simultaneously."""
 
 MOST_LANES = 2
-"""Sessions that threads step side by side on a CPU (`grpo.generation.lanes`). MLX lets ten tasks of ten operations be
-in flight, of all streams together, so more would starve one another."""
+"""Largest number of sessions that threads step in parallel on a CPU (`grpo.generation.lanes`). MLX allows ten tasks of
+ten operations in flight over all streams, so more lanes would starve each other."""
 LANES_FROM = 64
-"""Slots from which on there may be several lanes."""
+"""Smallest number of slots for several lanes."""
 
 
 class Session(Protocol):
-    """The rows in flight, S slots of them. A prompt is known by its object."""
+    """The rows in flight, in S slots. Two prompts are the same only if they are the same object."""
 
     overlaps: bool
-    """Whether a step may be launched while the one before it runs."""
+    """Whether a step may be launched while the previous step runs."""
     widest: int
-    """How many tokens at most a step can feed to each slot: 1 where nothing can be taken back."""
+    """The largest number of tokens that a step can feed each slot: 1 if tokens cannot be taken back."""
 
     def refresh(self) -> None:
-        """Take over what the model's arrays are now."""
+        """Read the model's arrays again: they may have been replaced."""
         ...
 
     def needs_prefill(self, rows: Sequence[Line]) -> bool:
@@ -53,26 +53,26 @@ class Session(Protocol):
         ...
 
     def admit(self, slots: Sequence[int], rows: Sequence[Line]) -> None:
-        """Let rows enter slots. They begin from their prompts, or continue from the keys and values that they kept.
+        """Let rows enter slots. They start from their prompts, or continue from the keys and values that they kept.
 
-        Any other tokens of theirs, except the one to feed next, go through the model here.
+        The model computes all further tokens of the rows here, except the token to feed next.
         """
         ...
 
     def take(self, slot: int, most: int) -> Kept:
-        """Copy what a slot's row needs to continue later, without what was fed beyond `most` tokens if it can be."""
+        """Copy what a slot's row needs to continue later; if possible, only its first `most` fed tokens."""
         ...
 
     def whole(self, slot: int, row: Line) -> Computed:
-        """Copy keys and values of a slot's row and its prompt, without the row's last token if they can be cut."""
+        """Copy keys and values of a slot's row and its prompt; if possible, without the row's last token."""
         ...
 
     def release(self, slot: int) -> None:
-        """The slot's row has left. Whatever the slot still computes is ignored."""
+        """Free the slot: its row has left. Callers ignore what the slot still computes."""
         ...
 
     def forget(self, prompt: SharedPrompt) -> None:
-        """Free a prompt: no row of it will enter again."""
+        """Free a prompt: no more rows with it will enter."""
         ...
 
     def keep(self, slots: Sequence[int]) -> None:
@@ -80,73 +80,74 @@ class Session(Protocol):
         ...
 
     def close(self) -> None:
-        """Free all buffers, whoever still holds the session: an error's traceback may. Nothing else may follow."""
+        """Free all buffers even if something, such as an error's traceback, still holds the session. Do not use the
+        session afterwards."""
         ...
 
     def decoded(self) -> mx.array:
-        """How many tokens each row has behind its prompt: `[S]` int32."""
+        """The number of tokens that each row has after its prompt: `[S]` int32."""
         ...
 
     def logits(self, tokens: mx.array) -> mx.array:
-        """Feed one token to each slot, `[S]`: the logits of the next, `[S, V]`. Goes on to the next step."""
+        """Feed one token to each slot, `[S]`, and return the next logits, `[S, V]`. Advances to the next step."""
         ...
 
     def wide(self, tokens: mx.array) -> mx.array:
-        """Feed W tokens to each slot, `[S, W]`: the logits of the tokens behind each, `[S, W, V]`.
+        """Feed W tokens to each slot, `[S, W]`, and return the logits after each token, `[S, W, V]`.
 
-        W is at most `widest`, and the slots have room for that many. `accept` must follow before anything else changes.
+        W is at most `widest`, and the slots must have room for W tokens. Call `accept` before any other change.
         """
         ...
 
     def accept(self, kept: Sequence[int]) -> None:
-        """Say how many of the tokens that `wide` has fed each slot keeps, and go on to the next step."""
+        """Keep the first `kept[slot]` of the tokens that `wide` has fed each slot, and advance to the next step."""
         ...
 
 
 class Decoding(Protocol):
-    """A model, ready to be decoded."""
+    """A model that is ready to decode."""
 
     vocabulary: int
     description: str
     refused: tuple[str, ...]
-    """The faster ways that were tried before this one, each with the reason why it does not serve."""
+    """The faster kinds of decoding that were tried first, each with the reason why it is not used."""
     narrow: str | None
-    """Why a step can feed a row only one token, where that is so (`Session.widest` is 1)."""
+    """Why a step can feed a row only one token (`Session.widest` is 1). None if it can feed several."""
 
     side_by_side: bool
-    """Whether sessions may be stepped in several threads at once: nothing that they share changes at a step."""
+    """Whether several threads may step sessions in parallel: a step changes nothing that sessions share."""
 
     lockstep: bool
-    """Whether other processes decode the same with the rest of the model, so that nothing may depend on time."""
+    """Whether other processes run the same steps with the rest of the model, so that no decision may depend on time."""
 
     def refresh(self) -> None:
-        """Take over what the model's arrays are now, computed to the end."""
+        """Read the model's arrays again, and evaluate them."""
         ...
 
     def open(self, size: Size) -> Session:
-        """Begin, with so many slots."""
+        """Open a session of this size."""
         ...
 
     def close(self, session: Session) -> None:
-        """End a session, and `forget`."""
+        """Close a session, then `forget`."""
         ...
 
     def forget(self) -> None:
-        """Hold no weight that trains, and no copy of any, unless a session is open.
+        """Release the weights that train, and all copies of weights, unless a session is open.
 
-        An update may replace such a weight, and the old one would stay in memory beside the new.
+        An update may replace such a weight; the old array would then stay in memory next to the new array.
         """
         ...
 
     def memory(self, slots: int, places: int, prompt: int, completion: int, entering: int | None = None) -> int:
-        """Bytes that are held to decode so many slots and prompts at once, of at most these lengths in tokens.
+        """Bytes needed to decode this many slots and prompts simultaneously, of at most these lengths in tokens.
 
-        `entering`: what prompts were seen to take besides while they go through the model, if that was tried.
+        `entering`: measured bytes that prompts take in addition while the model computes them; None: estimate them.
         """
         ...
 
     def outside(self, prompt: int, completion: int) -> int:
-        """Bytes that a row keeps outside its slot, after a prompt and with tokens of its own, so many at most."""
+        """Bytes that a row keeps outside its slot, with at most this many tokens in its prompt and after it."""
         ...
 
 
@@ -167,10 +168,10 @@ class SharedPrefix:
         self._query_heads = int(getattr(model.args, "num_attention_heads", shapes[0].heads))
         self.decoder, self.attention, self.shapes = decoder, attention, shapes
         self.vocabulary, self.description, self.refused = vocabulary, description, refused
-        self.narrow = None if attention.widest > 1 else "its attention takes one token of a row at a step"
-        self._sessions: WeakSet[Session] = WeakSet()  # a session whose engine was dropped is not open any more
-        # The model's own forward pass is patched while it runs, which another thread would see.
+        self.narrow = None if attention.widest > 1 else "its attention handles only one token per row and step"
+        self._sessions: WeakSet[Session] = WeakSet()  # weak: a session whose engine was dropped is not open any more
         self.lockstep = is_divided(model)
+        # Not with ModelDecoder: it patches the model's modules while a step runs, which another thread would see.
         alone = not attention.overlaps and not on_gpu() and not self.lockstep
         self.side_by_side = isinstance(decoder, BlockDecoder) and alone
 
@@ -184,7 +185,7 @@ class SharedPrefix:
             session = SharedPrefixSession(
                 self.model, self.decoder, self.attention, self.shapes, lambda: self._extends_together, size
             )
-        except BaseException:  # no memory for it, say
+        except BaseException:  # for example, not enough memory
             self.forget()
             raise
         self._sessions.add(session)
@@ -197,7 +198,7 @@ class SharedPrefix:
 
     @cached_property
     def _extends_together(self) -> bool:
-        """Tried when it is first asked for: as a rule rows are not extended."""
+        """Tested on first use, because most runs never extend rows."""
         return extends_together(self.model, rounding(dtype_of(self.model)))
 
     def forget(self) -> None:
@@ -206,7 +207,7 @@ class SharedPrefix:
 
     def memory(self, slots: int, places: int, prompt: int, completion: int, entering: int | None = None) -> int:
         token = sum(shape.bytes_per_token for shape in self.shapes)
-        if self.side_by_side and slots >= LANES_FROM:  # a prompt may lie in each lane
+        if self.side_by_side and slots >= LANES_FROM:  # each lane may hold a copy of a prompt
             places, entering = min(slots, MOST_LANES * places), None if entering else entering
         cached = self.decoder.copied + token * (slots * completion + places * prompt)
         grown = slots * completion * max(shape.at_work for shape in self.shapes)
@@ -214,19 +215,19 @@ class SharedPrefix:
         return cached + max(entering, grown, self._scores(slots * (prompt + completion)))
 
     def _entering(self, places: int, prompt: int) -> int:
-        """What prompts take while they go through the model: their keys and values as they are computed, and scores."""
+        """Bytes that prompts take while the model computes them: their unpacked keys and values, and their scores."""
         at_once = min(places * prompt, max(prompt, PREFILL_TOKENS))
         numbers = at_once * sum(shape.numbers for shape in self.shapes)
         return numbers + self._scores(at_once * min(prompt, self._chunk))
 
     def _scores(self, pairs: int) -> int:
-        """Of one layer's step, or of a chunk of prompts: stock attention holds them."""
+        """Bytes of one layer's attention scores, for a step or a prefill chunk: stock attention holds them."""
         return 0 if self.attention.overlaps else SCORES_HELD * 4 * self._query_heads * pairs
 
     @property
     def _chunk(self) -> int:
-        """Tokens of a prompt that are prefilled at once, where this decodes: a plan may be for another machine."""
+        """Tokens per prefill chunk on the machine that decodes: a plan may be for another machine than this one."""
         return PREFILL_CHUNK if isinstance(self.attention, FusedRowAttention) else prefill_chunk()
 
-    def outside(self, prompt: int, completion: int) -> int:  # noqa: ARG002  its prompt's are in a prefix place
+    def outside(self, prompt: int, completion: int) -> int:  # noqa: ARG002  the prompt is in a prefix place
         return completion * sum(shape.bytes_per_token for shape in self.shapes)

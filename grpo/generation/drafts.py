@@ -1,7 +1,7 @@
-"""Guesses of what rows say next, from what was said before: drafts that cost no model.
+"""Drafts for a row's next tokens, found by text lookup: they need no draft model.
 
-They come from the row's group, its prompt, its earlier turns and what tools returned (prompt lookup), and this prompt's
-earlier completions, of evaluations too. A prompt that is new begins with completions of other prompts.
+They come from the other rows of the group, from the prompt, earlier turns and tool results (prompt lookup), and from
+earlier completions of the prompt, including those of evaluations. A new prompt uses completions of other prompts.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from grpo.generation.rows import Row, SharedPrompt
 from grpo.generation.suffixes import ROOT, SuffixAutomaton
 
 REMEMBERED = 4 * 2**20
-"""Tokens of earlier completions that are kept, 4 bytes each; beyond that the prompts unused for longest go."""
+"""Limit on the tokens of earlier completions, 4 bytes each. Above it, the least recently used prompts are dropped."""
 OF_A_PROMPT = 8
-"""The newest completions of a prompt that are kept. 16 and 32 were no better: the policy changes."""
+"""Number of completions kept per prompt, the newest. 16 and 32 were no better, because the policy changes."""
 OF_OTHERS = 32
-"""Completions of other prompts that a new prompt begins with."""
+"""Number of other prompts' completions that the index of a new prompt starts with."""
 INDEXED = 2**18
-"""States in the indices of all groups in flight, some 330 bytes each. Beyond that indices grow no more, and a new group
-gets no drafts."""
+"""Limit on the states in the indexes of all groups in flight, about 330 bytes each. At the limit, indexes stop growing
+and new groups get no drafts."""
 STATES = 2
-"""States that a token adds to an index at the most."""
+"""The largest number of states that a token adds to an index."""
 LEAD = 8
-"""Tokens of another prompt's end that stand before its completions."""
+"""The number of tokens from the end of another prompt that are indexed before its completions."""
 
 T = TypeVar("T")
 Other = tuple[tuple[int, ...], "array[int]"]
-"""A completion of another prompt, behind the last tokens of that."""
+"""The last tokens of another prompt, and one of its completions."""
 
 
 class History:
@@ -39,39 +39,39 @@ class History:
 
     def __init__(self, tokens: int = REMEMBERED) -> None:
         self._most, self._held = tokens, 0
-        self._of: OrderedDict[tuple[int, ...], list[array[int]]] = OrderedDict()
+        self._by_prompt: OrderedDict[tuple[int, ...], list[array[int]]] = OrderedDict()
         self._newest: deque[Other] = deque(maxlen=OF_OTHERS)
 
     def of(self, prompt: tuple[int, ...]) -> list[array[int]]:
         """A prompt's completions, oldest first."""
-        return self._of.get(prompt, [])
+        return self._by_prompt.get(prompt, [])
 
     def others(self) -> list[Other]:
-        """The newest completions of any prompts, oldest first."""
+        """The newest completions over all prompts, oldest first."""
         return list(self._newest)
 
     def add(self, prompt: tuple[int, ...], completion: Sequence[int]) -> None:
-        """Keep a completion. One that goes on where another has ended (in a further turn) takes its place."""
-        tokens, former = array("I", completion), self._of.get(prompt, [])
-        kept = [one for one in former if not (len(one) < len(tokens) and tokens[: len(one)] == one)]
+        """Keep a completion. It replaces completions that it continues, such as the same row after an earlier turn."""
+        tokens, former = array("I", completion), self._by_prompt.get(prompt, [])
+        kept = [old for old in former if not (len(old) < len(tokens) and tokens[: len(old)] == old)]
         kept = [*kept, tokens][-OF_A_PROMPT:]
         self._held += sum(map(len, kept)) - sum(map(len, former))
-        self._of[prompt] = kept
-        self._of.move_to_end(prompt)
+        self._by_prompt[prompt] = kept
+        self._by_prompt.move_to_end(prompt)
         self._newest.append((prompt[-LEAD:], tokens))
         while self._held > self._most:
-            _, gone = self._of.popitem(last=False)
-            self._held -= sum(map(len, gone))
+            _, dropped = self._by_prompt.popitem(last=False)
+            self._held -= sum(map(len, dropped))
 
 
 @dataclass(slots=True, eq=False)
 class Siblings:
-    """The rows of a prompt that are in flight, and the index that they are guessed from, once that is asked for.
+    """The rows of a prompt that are in flight, and the index that their drafts come from, built on first use.
 
-    `past` has the prompt's completions from before the group began, and `others` those of other prompts, if there were
-    none. `states` has the place of each row in the index, and how many of its tokens led there. `ended` are the rows
-    whose turns have ended, and `replayed` says how many tokens rows had when they were last replayed (`replay`). An
-    index that `grows` no more still knows where rows are, by what was said before.
+    `past` has the prompt's completions from before the group began; if there are none, `others` has completions of
+    other prompts. `states` has each row's state in the index, and the number of its tokens up to there. `ended` are the
+    rows whose turns have ended, and `replayed` is the number of tokens of each row at its last replay (`replay`). An
+    index that no longer `grows` still follows the rows through the tokens that it holds.
     """
 
     key: tuple[int, ...]
@@ -86,22 +86,22 @@ class Siblings:
 
     @property
     def size(self) -> int:
-        """States of the index."""
+        """The number of states in the index."""
         return 0 if self.index is None else len(self.index)
 
     @property
     def seen(self) -> bool:
-        """Whether there were completions of this prompt before."""
+        """Whether there are earlier completions of this prompt."""
         return bool(self.past)
 
     @property
     def background(self) -> int:
-        """Tokens that an index begins with."""
+        """The number of tokens that a new index starts with."""
         others = sum(len(lead) + len(completion) for lead, completion in self.others)
         return others + len(self.key) + sum(map(len, self.past))
 
     def new_index(self) -> tuple[SuffixAutomaton, int]:
-        """An index of all but the group's own rows, and the state of the prompt in it."""
+        """A new index without the group's own rows, and the state of the prompt in it."""
         index = SuffixAutomaton()
         for lead, completion in self.others:
             index.extend(index.extend(ROOT, lead), completion)
@@ -111,9 +111,9 @@ class Siblings:
         return index, prompt
 
     def likely(self, row: Row, most: int, room: int) -> list[int]:
-        """Tokens that may follow a row's last. Takes in what the row has said since it was last asked.
+        """Up to `most` tokens that may follow a row's last token. First indexes the row's tokens since the last call.
 
-        The index takes in no more than there is `room` for, in states, and is not made where it would not fit.
+        The index grows by at most `room` states, and is not built if it would not fit.
         """
         if self.index is None:
             if STATES * self.background >= room:
@@ -122,7 +122,7 @@ class Siblings:
             room -= self.size
         state, known = self.states.get(row, (self.prompt_state, 0))
         if new := row.token_ids[known:]:
-            # What was left out once has a gap behind it: nothing may be appended there.
+            # Once tokens were left out, there is a gap, and nothing may be appended after it.
             self.grows = self.grows and STATES * len(new) <= room
             state = self.index.extend(state, new) if self.grows else self.index.follow(state, new)
             self.states[row] = state, len(row.token_ids)
@@ -130,7 +130,7 @@ class Siblings:
 
 
 class Drafts:
-    """Drafts for rows, and the memory behind them. Nothing is indexed before drafts of a group are asked for."""
+    """Drafts for rows, from an index per group and a memory of completions. An index is built on first use."""
 
     def __init__(self) -> None:
         self.memory = History()
@@ -138,7 +138,7 @@ class Drafts:
         self._indexed = 0
 
     def propose(self, row: Row, most: int) -> list[int]:
-        """Up to `most` tokens that may follow a row's last."""
+        """Up to `most` tokens that may follow a row's last token."""
         group = self.group(row.prompt)
         before = group.size
         tokens = group.likely(row, most, INDEXED - self._indexed)
@@ -146,9 +146,9 @@ class Drafts:
         return tokens
 
     def group(self, prompt: SharedPrompt) -> Siblings:
-        """What is known of a prompt's group, which prompts in flight with the same ids share: lanes divide a group.
+        """The group of a prompt. Prompts in flight with the same ids share it, because lanes may split a group.
 
-        With a new one, groups whose rows have all left are forgotten.
+        Creating a group drops the groups whose rows have all left.
         """
         group = self._groups.get(prompt)
         if group is None:
@@ -162,7 +162,7 @@ class Drafts:
             return shared[0]
         past = self.memory.of(key)
         others = [] if past else self.memory.others()
-        room = (INDEXED - self._indexed) // 2 // STATES - len(key)  # half is for what rows say, and for other groups
+        room = (INDEXED - self._indexed) // 2 // STATES - len(key)  # half is left for new tokens and other groups
         return Siblings(key, _newest(past, len, room), _newest(others, lambda other: sum(map(len, other)), room))
 
     def remember(self, row: Row) -> None:
@@ -170,12 +170,12 @@ class Drafts:
         self.memory.add(self.group(row.prompt).key, row.token_ids)
 
 
-def _newest(said: list[T], size: Callable[[T], int], room: int) -> list[T]:
-    """The newest of these that together have room, oldest first. `size` and `room` are in tokens."""
-    taken: list[T] = []
-    for one in reversed(said):
-        room -= size(one)
+def _newest(completions: list[T], size: Callable[[T], int], room: int) -> list[T]:
+    """The newest completions that fit into `room` together, oldest first. `size` and `room` are in tokens."""
+    fitting: list[T] = []
+    for completion in reversed(completions):
+        room -= size(completion)
         if room < 0:
             break
-        taken.append(one)
-    return taken[::-1]
+        fitting.append(completion)
+    return fitting[::-1]

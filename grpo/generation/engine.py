@@ -21,23 +21,23 @@ from grpo.generation.speculation import Speculation
 from grpo.generation.stopping import Stopping
 
 SMALL_PRODUCT = 64 * 2**20
-"""On a CPU, a step whose largest matrix product has fewer multiplications is faster with a single BLAS thread."""
+"""On a CPU, a step whose largest matrix product has fewer multiplications than this is faster with one BLAS thread."""
 
 
 class Engine:
     """Decodes rows one step at a time: submit prompts, call `step` while `busy`, and read the rows.
 
-    At most `slots` rows decode at once; the others wait in a queue. A submission with `keep=True` can have several
-    turns: when such a row ends, it waits until it is extended or released.
+    At most `slots` rows decode simultaneously; the others wait in a queue. With `keep=True`, a row can have several
+    turns: when a turn ends, the row waits until it is extended or released.
 
     A row's draws depend only on its seed, path, sample and position: not on the slots, the other rows, or the time at
     which it was submitted, parked or extended.
 
-    Rows outside their slots keep their keys and values, `kept_bytes` in total (None: no limit). Beyond that the row
-    that has waited longest loses its own, which are computed again when the row continues.
+    Rows outside their slots keep their keys and values, up to `kept_bytes` in total (None: no limit). Above the limit,
+    the keys and values of the row that has waited longest are dropped; they are computed again when it continues.
 
-    The model may be updated while no row is decoding. Rows that have begun, and those that share a prompt with one,
-    may still use keys and values of the old weights.
+    The model may be updated while no row is decoding. Rows that have begun, and rows that share a prompt with them, may
+    still use keys and values of the old weights.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class Engine:
         speculation: Speculation | None = None,
         lanes: int = 1,
     ) -> None:
-        """`rules` gives the stop rules of a `Sampling`; `largest_product` is the size of the model's largest weight.
-        With several `lanes`, rows decode in so many threads, each with its share of the slots.
+        """`rules` returns the stop rules of a `Sampling`; `largest_product` is the number of elements of the model's
+        largest weight. `lanes` is the number of threads that decode, each with its share of the slots.
 
-        `find_decoding` returns the current way to decode the model. It is called when rows enter and no slot is taken.
+        `find_decoding` returns the model's current `Decoding`. It is called when rows enter and all slots are free.
         """
         self._rules, self._stream, self._largest_product = rules, stream, largest_product
         self._run: Run | Lanes = (
@@ -66,18 +66,18 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether a row decodes or is queued, or events have not been returned yet. Waiting rows do not count."""
+        """Whether a row is decoding or queued, or some events have not been returned yet. Waiting rows do not count."""
         return self._run.busy or bool(self._events)
 
     @property
     def load(self) -> int:
-        """Rows that decode or are queued. Waiting and parked rows do not count."""
+        """The number of rows that are decoding or queued. Waiting and parked rows do not count."""
         return self._run.load
 
     def submit(self, submission: Submission) -> tuple[Row, ...]:
-        """Queue `n` rows of a prompt. Returns them by sample; each is the handle for the other methods.
+        """Queue `n` rows of a prompt and return them in the order of their samples: the handles for the other methods.
 
-        Raises ValueError for an empty prompt, if `max_tokens` is below 1, and for openings of another number than `n`.
+        Raises ValueError if the prompt is empty, if `max_tokens` is below 1, or if the number of openings is not `n`.
         """
         _check(submission)
         stopping = self._rules(submission.sampling)
@@ -98,7 +98,7 @@ class Engine:
         return rows
 
     def step(self) -> Events:
-        """Decode one token or more for each row in a slot. Returns no events if the engine is not `busy`."""
+        """Decode one or more tokens for each row in a slot. The events are empty if the engine is not `busy`."""
         if self._events:
             return self._events.popleft()
         with self._at_work():
@@ -107,37 +107,41 @@ class Engine:
     def extend(self, row: Row, token_ids: Sequence[int], sampling: Sampling | None = None) -> None:
         """Append tokens that were not sampled, and continue sampling after them in a new turn.
 
-        Only these tokens go through the model. A parked row may continue without any: then its turn goes on. The turn
-        is sampled as the one before, unless there is another `sampling`, which differs in the rules for turns alone.
-        Raises ValueError if the row is queued or decoding, has ended for good, has no `room` for the tokens, or was
-        submitted with another limit on all tokens, or another record of what is drawn.
+        The model computes only these tokens. A parked row may continue without new tokens: then it resumes its turn.
+        The new turn uses the sampling of the previous turn, or else `sampling`, which may change only the rules for
+        turns.
+
+        Raises ValueError if the row is queued or decoding, has ended for good, or has no `room` for the tokens; or if
+        `sampling` changes the limit on all tokens, or whether it reshapes the distribution.
         """
         if row.state in ("queued", "decoding"):
-            raise ValueError("this row still decodes, so it cannot be extended: wait until it has ended, or park it")
+            raise ValueError(
+                "this row is still queued or decoding, so it cannot be extended: wait until it ends, or park it"
+            )
         _check_alive(row, "extended")
         if row.state == "waiting" and not token_ids:
-            raise ValueError("a row that has ended needs at least one token more to go on from")
+            raise ValueError("this row has ended its turn: extend it by at least one token")
         if len(token_ids) > row.room:
             raise ValueError(
-                f"this row has {len(row.token_ids)} tokens after its prompt and may have {row.longest}, one of them "
-                f"still to be sampled: {len(token_ids)} more do not fit, {row.room} would (row.room)"
+                f"this row has {len(row.token_ids)} tokens after its prompt, its limit is {row.longest}, and one token "
+                f"must still be sampled: {len(token_ids)} more tokens do not fit, at most {row.room} do (row.room)"
             )
         if sampling is not None and token_ids:
-            self._sample_so(row, sampling)
+            self._resample(row, sampling)
         row.inject([int(token) for token in token_ids])
         row.finish_reason = None
-        self._run.go_on(row)
+        self._run.resume(row)
 
-    def _sample_so(self, row: Row, sampling: Sampling) -> None:
-        """Raises ValueError for another limit on all tokens, and where the row does not record what this draws from."""
+    def _resample(self, row: Row, sampling: Sampling) -> None:
+        """Use another sampling for the row's next turn. Raises ValueError if it changes more than a turn's rules."""
         if sampling.max_tokens != row.stopping.sampling.max_tokens:
-            raise ValueError("a row's limit on all its tokens stays what it was when it was submitted")
+            raise ValueError("max_tokens limits all turns of a row together, so it cannot change between turns")
         if row.wants_logprobs and sampling.reshaped is not row.wants_sampler_logprobs:
-            raise ValueError("sampling that reshapes the distribution, or does not, stays so for all turns of a row")
+            raise ValueError("all turns of a row must reshape the distribution (filters or a penalty), or none of them")
         row.stopping = self._rules(sampling).after_opening(row.opening)
 
     def park(self, row: Row) -> None:
-        """Take a row out of its slot or the queue until it is extended. Does nothing to a row that waits already.
+        """Take a row out of its slot or the queue until it is extended. Does nothing if the row is already waiting.
 
         Raises ValueError if the row has ended for good or was released.
         """
@@ -150,7 +154,7 @@ class Engine:
         self._run.park(row)
 
     def release(self, row: Row) -> None:
-        """Stop a row, in whatever state it is, and free its memory. Its tokens stay readable."""
+        """Stop a row in any state, and free its memory. Its tokens stay readable."""
         if row.state in ("done", "released"):
             row.state = "released"
             return
@@ -162,11 +166,11 @@ class Engine:
         lockstep = self._run.lockstep
         with self._at_work():
             self._run.close()
-        if lockstep:  # a last step that nobody reads may be on its way, and would mix with what is exchanged next
+        if lockstep:  # an unread last step may still be running, and would mix with the processes' next exchange
             mx.synchronize(self._stream)
 
     def abandon(self) -> None:
-        """The same after an error: the steps under way are not read. Whoever holds the error does not hold buffers."""
+        """Release all rows after an error, without reading the steps in flight, so that the error holds no buffers."""
         self._events.clear()
         with self._at_work():
             self._run.abandon()
@@ -175,7 +179,7 @@ class Engine:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        """Release all rows, however the block ended."""
+        """Release all rows, whether or not the block raised an error."""
         if error is None:
             self.close()
         else:
@@ -193,7 +197,7 @@ def _check(submission: Submission) -> None:
     if not submission.prompt_ids:
         raise ValueError("a prompt needs at least one token")
     if submission.openings and len(submission.openings) != submission.n:
-        raise ValueError(f"there are {len(submission.openings)} openings for {submission.n} rows")
+        raise ValueError(f"there are {len(submission.openings)} openings for {submission.n} rows: give each row one")
     if submission.sampling.max_tokens < 1:
         raise ValueError(f"max_tokens is {submission.sampling.max_tokens}: a row needs room for at least one token")
 
@@ -204,4 +208,4 @@ def _check_alive(row: Row, what: str) -> None:
     if row.state == "done" and not row.keep:
         raise ValueError(f"this row has ended and was not kept, so it cannot be {what}: submit it with keep=True")
     if row.state == "done":
-        raise ValueError(f"this row has ended with all its {row.longest} tokens, so it cannot be {what}: row.room is 0")
+        raise ValueError(f"this row has reached its limit of {row.longest} tokens, so it cannot be {what}")

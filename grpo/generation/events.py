@@ -1,4 +1,4 @@
-"""The events of one engine step: new tokens, and rows that ended."""
+"""The events of one engine step: the new tokens, and the rows that ended."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Token(NamedTuple):
 class Events:
     """The new tokens of each slot's row, and the rows that `ended`, with the reason. An empty slot has None in `rows`.
 
-    A row has one token or more, and as many logprobs. The tokens are in the rows already. Iterating yields each
-    `Token`, a row's in their order.
+    A row has one or more new tokens, and a logprob for each. The tokens are already appended to the rows. Iterating
+    yields each `Token`, row by row.
     """
 
     rows: Sequence[Row | None] = ()
@@ -41,8 +41,8 @@ class Events:
             if row is None:
                 continue
             logprobs = self.logprobs[slot] if self.logprobs and row.wants_logprobs else nothing
-            theirs = self.sampler_logprobs[slot] if self.sampler_logprobs and row.wants_sampler_logprobs else nothing
+            filtered = self.sampler_logprobs[slot] if self.sampler_logprobs and row.wants_sampler_logprobs else nothing
             *before, _ = tokens = self.token_ids[slot]
             reasons = [*[None] * len(before), self.ended.get(row)]
-            for token, logprob, sampler, reason in zip(tokens, logprobs, theirs, reasons, strict=False):
+            for token, logprob, sampler, reason in zip(tokens, logprobs, filtered, reasons, strict=False):
                 yield Token(row, token, logprob, sampler, reason)

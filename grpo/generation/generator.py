@@ -1,4 +1,4 @@
-"""The batched generator: many prompts, many completions of each, through a fixed number of slots."""
+"""The batched generator: several completions for each of many prompts, through a fixed number of slots."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt (at least one token) and how many completions it is to get.
+    """A prompt (at least one token), and the number of completions to sample.
 
-    With a `seed`, the draws of completion i at position t depend on (seed, i, t) alone: not on `n`, on the call's key,
+    With a `seed`, the draw of completion i at position t depends only on (seed, i, t): not on `n`, on the call's key,
     or on the other requests. Requests with the same seed share their draws.
     """
 
@@ -42,7 +42,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One token of a stream, and the text that it completed, which may be none."""
+    """One token of a stream, and the text that it completed, which may be empty."""
 
     token_id: int
     text: str
@@ -53,19 +53,19 @@ class Generator:
     """Samples completions from a model through a fixed number of slots."""
 
     def __init__(self, model: nn.Module, tokenizer: TokenizerWrapper, slots: int, kv_bits: int | None = None) -> None:
-        """`kv_bits`: keep keys and values in 4 or 8 bits a number; None for the model's dtype. Raises UserError for a
-        model whose keys and values cannot be quantised."""
+        """`kv_bits`: store keys and values in 4 or 8 bits per number; None: in the model's dtype. Raises UserError if
+        the keys and values of the model cannot be quantized."""
         self.model, self.kv_bits = model, kv_bits
         self.tokenizer = tokenizer
         self.slots = slots
         self.kept_bytes: int | None = None
-        """Bytes that rows may keep out of their slots, None for no bound. See `Engine`."""
+        """Limit on the bytes that rows may keep outside their slots; None: no limit. See `Engine`."""
         self.speculation: Speculation | None = None
-        """What drafts tokens, so that a step can bring several; None for one token a step."""
+        """Drafts tokens, so that a step can yield several per row; None: one token per step."""
         self.lanes: int | None = None
-        """How many threads decode side by side, each with its share of the slots; None for as many as pay here."""
+        """Number of threads that decode in parallel, each with its share of the slots; None: as many as pay here."""
         self.neighbours = 1
-        """Processes on this machine that share its cores, this one included (`Ranks.neighbours`)."""
+        """Number of processes that share this machine's cores, including this process (`Ranks.neighbours`)."""
         self.progress: Progress | None = None
         self.stop_ids = frozenset(tokenizer.eos_token_ids)
         layers = [array.size for layer in model.layers for _, array in tree_flatten(layer.parameters())]
@@ -74,12 +74,12 @@ class Generator:
         self._find_decoding()
 
     def describe(self) -> list[str]:
-        """How the model is decoded, and why not by the ways that would be faster, for a person."""
-        slower = [f"decoding does not go by {reason}" for reason in self.decoding.refused]
+        """Lines for people: how the model is decoded, and why the faster kinds of decoding are not used."""
+        slower = [f"decoding does not use {reason}" for reason in self.decoding.refused]
         return [f"decoding: {self.decoding.description}", *slower, *self._on_speculation()]
 
     def drafted(self) -> dict[str, float]:
-        """What speculation has counted since this was last asked: the sums of a `DraftTally`. Nothing without it."""
+        """The sums of speculation's `DraftTally` since the last call. Empty without speculation."""
         if not isinstance(self.speculation, Always) or self.decoding.narrow:
             return {}
         counts = self.speculation.tally.counts()
@@ -94,13 +94,13 @@ class Generator:
         logprobs: bool = True,
         phase: str = "rollout",
     ) -> list[list[Trajectory]]:
-        """`n` completions of each request, in the order of the requests.
+        """Sample `n` completions for each request, and return them in the order of the requests.
 
-        The draws of completion i of request r at position t depend on (`key`, r, i, t) alone, or on (seed, i, t) if the
-        request has a seed: not on `n`, on how many requests there are, or on the number of slots. Without `logprobs`
-        none are computed. `progress` is told the `phase`, the tokens so far, and the most that there can be.
+        The draw of completion i of request r at position t depends only on (`key`, r, i, t), or on (seed, i, t) if the
+        request has a seed: not on `n`, the number of requests, or the number of slots. With `logprobs=False`, no
+        logprobs are computed. `progress` receives the `phase`, the number of tokens so far, and its upper bound.
         """
-        call, told = seed_of(key), TokenProgress(self.progress, phase)
+        call, progress = seed_of(key), TokenProgress(self.progress, phase)
         with self.open() as engine:
             groups = [
                 engine.submit(_submission(request, sampling, call, number, request.n, logprobs))
@@ -108,15 +108,15 @@ class Generator:
             ]
             while engine.busy:
                 engine.step()
-                told.now_and_then(groups)
-        told.tell(groups)
+                progress.now_and_then(groups)
+        progress.tell(groups)
         return [[trajectory_of(row) for row in rows] for rows in groups]
 
     def stream(self, request: Request, sampling: Sampling, key: mx.array) -> Iterator[Event]:
         """Yield the first completion of a request token by token.
 
-        The texts add up to the completion's. Text that may begin a stop string is held back until that is decided.
-        Whoever stops early closes the iterator: that frees the buffers.
+        The texts of all events together are the completion's text. Text that may be the beginning of a stop string is
+        held back until that is known. Close the iterator to stop early: this frees the buffers.
         """
         with self.open() as engine:
             (row,) = engine.submit(_submission(request, sampling, seed_of(key), 0, n=1, logprobs=False))
@@ -150,7 +150,7 @@ class Generator:
         return [f"speculation: {self.speculation.description}"]
 
     def open(self) -> Engine:
-        """Open an engine, whose rows can be submitted, parked and extended at any step."""
+        """Open an engine, in which rows can be submitted, parked and extended at any step."""
         return Engine(
             self._current_decoding,
             self._stopping,
@@ -174,7 +174,7 @@ class Generator:
             self.decoding = find_decoding(self.model, self.kv_bits)
 
     def _current_decoding(self) -> Decoding:
-        """Found again if modules were replaced, as merging or loading an adapter does."""
+        """The decoding, found again if modules were replaced, for example by merging or loading an adapter."""
         modules = [module for _, module in self.model.named_modules()]
         if len(modules) != len(self._modules) or any(a is not b for a, b in zip(modules, self._modules, strict=True)):
             self._find_decoding()
@@ -185,7 +185,7 @@ class Generator:
 
 
 def seed_of(key: mx.array) -> int:
-    """A call's key as the seed of its rows. Keys are not split off one another: how many there are would change all."""
+    """The seed for a call's rows, from its key. Keys are not split: the number of rows would change all of them."""
     first, second = cast(list[int], key.tolist())
     return first << 32 | second
 
@@ -196,9 +196,9 @@ def _submission(request: Request, sampling: Sampling, call: int, number: int, n:
 
 
 def trajectory_of(row: Row, finish_reason: FinishReason | None = None) -> Trajectory:
-    """What a row that has ended made: tokens that were put into it are not trained.
+    """The trajectory of a row that has ended. Tokens that were not sampled are not trained.
 
-    `finish_reason` is why, where its environment knows more than the row.
+    `finish_reason`, if given, replaces the row's own: the environment may know more.
     """
     reason = finish_reason or row.finish_reason
     assert reason is not None

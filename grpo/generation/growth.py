@@ -1,9 +1,9 @@
-"""How many columns slots have: they grow with the longest row, so that rows that end early never take their limit.
+"""The number of columns in slots: it grows with the longest row, so that short rows do not reserve their full limit.
 
-Growing copies the buffers, which reads and writes as much as one or two decoding steps do. So columns grow by a quarter
-of what is filled, and by `STEP` at the least: a row of 32,768 tokens grows about 20 times. On CUDA each size also makes
-a new trace of a step, hence the larger step there. Pages would hold less where short rows decode beside a long one, but
-stock operations would have to gather them at every step.
+Growing copies the buffers, which reads and writes as much as one or two decoding steps. So columns grow by a quarter of
+the filled columns, and by at least `STEP`: a row of 32,768 tokens grows about 20 times. On CUDA each size also needs a
+new trace of a step, so `GPU_STEP` is larger. Pages would need less memory when short rows decode next to a long row,
+but stock operations would have to gather the pages at every step.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from __future__ import annotations
 from grpo.backend.device import on_gpu
 
 COLUMN_STEP = 8
-"""Slots have a multiple of this many columns: sums over an odd number of them round otherwise."""
+"""Slots have a multiple of this many columns: sums over an odd number of columns round differently."""
 STEP, GPU_STEP = 64, 256
-"""Columns by which slots grow at the least: a multiple of what a step reads (`slots.width_step`), so that steps read as
-many columns as they would if all had been there from the start, and give the same to the bit."""
+"""Minimum number of columns by which slots grow. It is a multiple of what a step reads (`slots.width_step`), so that
+steps read the same number of columns as without growth, and give the same numbers to the bit."""
 GROWTH = 4
-"""Slots grow by one part in this many of what is filled, if that is more."""
+"""Slots grow by the filled columns divided by this number, if that is more than the minimum."""
 
 
 def columns_for(needed: int, longest: int) -> int:
-    """How many columns to make for rows that need so many at the next step, and will need `longest` at the most."""
+    """The number of columns to allocate for rows that need `needed` columns now and at most `longest` later."""
     step = GPU_STEP if on_gpu() else STEP
     return min(_up(needed + needed // GROWTH, step), _up(longest, COLUMN_STEP))
 

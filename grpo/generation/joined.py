@@ -1,4 +1,4 @@
-"""Linear layers of one input as one product, their low-rank adapters with them."""
+"""Several linear layers with the same input as one product, including their low-rank adapters."""
 
 from __future__ import annotations
 
@@ -16,42 +16,43 @@ from grpo.generation.products import fewest_columns, padded
 from grpo.model.tensor import ByRow, summed
 
 WEIGHTS = ("weight", "scales", "biases", "bias")
-"""What a linear layer holds, quantised or not, with a row for each output."""
+"""The arrays of a linear layer, quantized or not, each with one row per output."""
 QUANTIZATION = ("mode", "bits", "group_size")
-"""What layers that are quantised alike have in common."""
+"""The attributes that must be equal for layers to count as quantized alike."""
 ALIGNMENT = 16
-"""Rows below a matrix come in multiples of this, so that every row of the product is aligned."""
+"""The number of rows below a matrix is a multiple of this, so that every row of the product is aligned."""
 MOST_RANKS = 64
-"""Ranks of an adapter whose second half is applied by the kernel that reads the product."""
+"""Largest rank of an adapter for which kernels apply B."""
 
 
 class Unread(ValueError):
-    """Why a model cannot be read as blocks."""
+    """A model cannot be read as blocks. The message is the reason."""
 
 
 class LastSeen:
-    """Remembers arrays, to tell when others have taken their place."""
+    """Detects when any of a list of arrays has been replaced by another array object."""
 
     def __init__(self) -> None:
         self._held: list[mx.array] = []
 
     def changed(self, arrays: Sequence[mx.array]) -> bool:
-        """Whether these are not the very arrays of the last time."""
+        """Whether these are other array objects than at the last call."""
         former, self._held = self._held, list(arrays)
         return len(former) != len(arrays) or any(a is not b for a, b in zip(arrays, former, strict=True))
 
     def forget(self) -> None:
-        """Hold none: the next arrays will be others."""
+        """Release the arrays: the next call of `changed` returns True."""
         self._held = []
 
 
 @dataclass(frozen=True, slots=True)
 class Half:
-    """A product of N rows whose adapters are applied by half: B is still to come.
+    """A product of N rows to which the adapters' A is applied, but not yet their B.
 
-    base `[N, ≥ outs]` is the product with the weights, without its bias; low `[N, ≥ first + sum of ranks]` holds
-    x @ A of each layer, one behind the other, from column `first` on; b `[most ranks, outs]` has each layer's B,
-    scaled, in the columns of its outputs; `ranks` has one entry a layer, 0 without an adapter; bias `[outs]` or None.
+    base `[N, ≥ outs]` is the product with the weights, without the bias; low `[N, ≥ first + sum of ranks]` holds x @ A
+    of each layer, one layer after the other, from column `first` on; b `[most ranks, outs]` holds each layer's B,
+    scaled, in the columns of the layer's outputs; `ranks` has one entry per layer, 0 for a layer without an adapter;
+    bias `[outs]` or None.
     """
 
     base: mx.array
@@ -62,7 +63,7 @@ class Half:
     bias: mx.array | None
 
     def whole(self, outs: Sequence[int]) -> mx.array:
-        """With B and bias, `[N, outs]`, by stock operations: what kernels compute in their first lines."""
+        """The product with B and bias applied by stock operations, `[N, outs]`. Kernels apply them themselves."""
         parts, begin, low = [], 0, self.first
         for width, ranks in zip(outs, self.ranks, strict=True):
             part, end = self.base[..., begin : begin + width], begin + width
@@ -74,14 +75,16 @@ class Half:
 
 
 class Products:
-    """Several linear layers of one input as one product, their LoRA as another: `x` `[S, in]` to `[S, sum of outs]`.
+    """Several linear layers with the same input as one product, and their LoRA as another: `x` `[S, in]` to
+    `[S, sum of outs]`.
 
-    The layers' own weights become views of the joined matrix, so that nothing is held twice. Where kernels apply B
-    (`halve`), A lies as rows below that matrix, so that one product gives both.
+    The layers' own weights become views of the joined matrix, so that no weight is stored twice. If kernels apply B
+    (`halve`), the rows of A lie below that matrix, so that one product computes both.
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
-        """Raises Unread for a layer that is not linear, or quantised otherwise than its neighbours."""
+        """Raises Unread if a layer is not linear, is not quantized like the others, or has an adapter that cannot be
+        joined; or if only some layers have a bias."""
         self._layers = layers
         self._bases = [layer.linear if "lora_a" in layer else layer for layer in layers]
         kinds = {
@@ -89,26 +92,29 @@ class Products:
             for base in self._bases
         }
         if len(kinds) > 1 or not isinstance(self._bases[0], (nn.Linear, nn.QuantizedLinear)):
-            raise Unread("the layers of one input are not linear, or not quantised alike")
+            raise Unread("layers that share an input are not linear, or not quantized alike")
         self._row = next((layer for layer in (*layers, *self._bases) if isinstance(layer, ByRow)), None)
         if any("m" in layer for layer in layers):
-            raise Unread("adapters with magnitudes (DoRA) are not joined")
+            raise Unread("adapters with magnitudes (DoRA) cannot be joined")
         if len({"bias" in base for base in self._bases}) > 1:
-            raise Unread("only some of the layers of one input have a bias")
+            raise Unread("only some of the layers that share an input have a bias")
         self.outs = tuple(_outputs(layer) for layer in layers)
         self.ranks = tuple(int(layer.lora_b.shape[0]) if "lora_a" in layer else 0 for layer in layers)
         self._halved = self._merges = False
         self._weights, self._adapters = LastSeen(), LastSeen()
         self.joined: dict[str, mx.array] = {}
-        """The joined matrix and what belongs to it, by their names in a layer; always the same dictionary."""
+        """The joined matrix, its bias and its scales, by their names in a layer. Always the same dictionary object."""
         self.lora: dict[str, mx.array] = {}
-        """`a` `[in, ranks]` and `b` where there are adapters, `b` alone where A lies below the matrix; always the same
-        dictionary. `b` is `[ranks, sum of outs]`, or `[most ranks, sum of outs]` where kernels apply it. Where adapters
-        are merged, `merged` `[sum of outs, in]` alone: a copy of the joined matrix with all of them added."""
+        """The joined adapters; empty without adapters. Always the same dictionary object.
+
+        `a` is `[in, ranks]`; it is missing if A lies below the joined matrix. `b` is `[ranks, sum of outs]`, or
+        `[most ranks, sum of outs]` if kernels apply it. If the adapters are merged, the only entry is `merged`
+        `[sum of outs, in]`: a copy of the joined matrix with all adapters added.
+        """
 
     @property
     def divided(self) -> bool:
-        """Whether other processes have the other inputs, so that the product is a sum over them."""
+        """Whether other processes have parts of the input, so that the product must be summed over the processes."""
         return self._row is not None
 
     @property
@@ -117,35 +123,35 @@ class Products:
 
     @property
     def dtype(self) -> mx.Dtype | None:
-        """What the product computes in; None where that is its input's dtype (scales of one byte say nothing)."""
+        """The dtype that the product computes in; None: its input's dtype (scales of one byte do not determine it)."""
         held: mx.Dtype = self._bases[0].scales.dtype if self.quantised else self._bases[0].weight.dtype
         return held if mx.issubdtype(held, mx.floating) else None
 
     def halve(self) -> None:
-        """From the next `refresh` on, prepare for kernels that apply B."""
+        """From the next `refresh` on, prepare the product for kernels that apply B."""
         self._halved = max(self.ranks) <= MOST_RANKS
         self._weights.forget()
         self._adapters.forget()
 
     def merge(self) -> None:
-        """From the next `refresh` on, compute with a copy of the matrix that has the adapters in it."""
+        """From the next `refresh` on, use a copy of the matrix with the adapters merged in."""
         self._merges = True
         self._adapters.forget()
 
     @property
     def copied(self) -> int:
-        """Bytes of the copy that merging the adapters takes: 0 where there are none."""
+        """Bytes of the copy that merging the adapters needs; 0 without adapters."""
         return sum(base.weight.nbytes for base in self._bases) if any(self.ranks) else 0
 
     @property
     def _below(self) -> int:
-        """Rows below the joined matrix."""
+        """The number of rows below the joined matrix."""
         if not self._halved or self.quantised:
             return 0
         return -(-sum(self.ranks) // ALIGNMENT) * ALIGNMENT
 
     def refresh(self, dtype: mx.Dtype) -> bool:
-        """Take over what the layers hold now, and say whether more than adapters has changed."""
+        """Read the layers' arrays again, and return whether more than the adapters has changed."""
         joined = self._weights.changed(self._held())
         if joined:
             self._join()
@@ -157,11 +163,11 @@ class Products:
 
     @property
     def train(self) -> bool:
-        """Whether the layers' own weights train, and not adapters alone, or are let go of during an update."""
+        """Whether the layers' own weights train (not only adapters), or are released during an update."""
         return any(tree_flatten(b.trainable_parameters()) or getattr(b, "spread", False) for b in self._bases)
 
     def forget(self) -> None:
-        """Let go of what an update replaces, until `refresh` makes the next: a matrix that trains, a merged copy."""
+        """Release the arrays that an update replaces (a matrix that trains, a merged copy), until `refresh`."""
         if self.train:
             self.joined.clear()
             self._weights.forget()
@@ -171,7 +177,7 @@ class Products:
 
     def __call__(self, x: mx.array, onto: mx.array | None = None) -> mx.array:
         """The product, added to `onto` if that is given."""
-        if self._row is not None:  # other processes have the other inputs
+        if self._row is not None:  # other processes have other parts of the input
             y = summed(self._product(x, None), self._row.group)
             return y if onto is None else onto + y
         return self._product(x, onto)
@@ -186,7 +192,7 @@ class Products:
         return mx.addmm(y, x @ self.lora["a"], self.lora["b"]) if "a" in self.lora else y
 
     def half(self, x: mx.array) -> Half:
-        """The product of `[N, in]`, with B left to whoever reads it, unless it has more ranks than kernels take."""
+        """The product of `[N, in]` for kernels that apply B. If an adapter has too many ranks, B is already applied."""
         bias = self.joined.get("bias")
         if not self._halved:
             y = self(x)
@@ -246,14 +252,14 @@ class Products:
             self._rejoin(a.T.astype(dtype))
 
     def _rejoin(self, below: mx.array) -> None:
-        """Write rows below the matrix where no kernel can: by a new matrix."""
+        """Write the rows below the matrix without a kernel, by making a new matrix."""
         end = sum(self.outs)
         self.joined["weight"][end : end + below.shape[0]] = below
         mx.eval(self.joined)
 
 
 def _joined_lora(layers: Sequence[Any], dtype: mx.Dtype) -> dict[str, mx.array]:
-    """A `[in, ranks]` of the layers that have one, and their B, scaled, on the diagonal of `[ranks, outs]`."""
+    """A of all layers with an adapter, `[in, ranks]`, and their B, scaled, as diagonal blocks of `[ranks, outs]`."""
     a = mx.concatenate([layer.lora_a for layer in layers if "lora_a" in layer], axis=1)
     outs = [_outputs(layer) for layer in layers]
     rows = [
@@ -266,7 +272,7 @@ def _joined_lora(layers: Sequence[Any], dtype: mx.Dtype) -> dict[str, mx.array]:
 
 
 def _stacked_b(layers: Sequence[Any], outs: Sequence[int], ranks: int, dtype: mx.Dtype) -> mx.array:
-    """Each layer's B, scaled, side by side: `[ranks, outs]`, zeros where a layer has fewer ranks or no adapter."""
+    """The B of all layers, scaled, side by side: `[ranks, outs]`; zeros if a layer has fewer ranks or no adapter."""
     columns = [
         mx.pad(layer.lora_b * layer.scale, [(0, ranks - layer.lora_b.shape[0]), (0, 0)])
         if "lora_a" in layer

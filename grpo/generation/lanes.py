@@ -1,8 +1,7 @@
-"""Lanes: on a CPU several `Run`s decode side by side, each in a thread of its own with an MLX stream of its own.
+"""Lanes: on a CPU, several `Run`s decode in parallel, each in its own thread with its own MLX stream.
 
-MLX computes a stream's operations one after another, so a single run keeps one core busy whatever the machine has.
-Which lane a row goes to depends on the rows alone, never on the time that a lane takes: the same submissions give the
-same numbers to the bit.
+MLX computes the operations of a stream one after another, so a single run uses only one core. The lane of a row depends
+only on the rows, never on the time that a lane takes: the same submissions give the same numbers to the bit.
 """
 
 from __future__ import annotations
@@ -32,20 +31,21 @@ from grpo.generation.speculation import Speculation
 _Made = TypeVar("_Made")
 
 FEWEST_ROWS = 4
-"""A lane with fewer rows costs about as much as one with four."""
+"""A lane with fewer rows than this costs about as much as a lane with this many rows."""
 LARGE_STEP = 12 * 2**20
-"""From so many multiplications of a step's largest matrix product on, two lanes are faster than one."""
+"""Two lanes are faster than one if a step's largest matrix product has at least this many multiplications."""
 MOST_CORES = 3
-"""With more, BLAS's own threads may use them better: that was not measured."""
+"""With more cores, BLAS's own threads may use them better: this was not measured."""
 
 
 def rollout_lanes(slots: int, largest_product: int, neighbours: int = 1) -> int:
-    """How many lanes pay on this machine, for a model whose largest weight has so many numbers.
+    """The number of lanes that pays on this machine, if the model's largest weight has `largest_product` elements.
 
-    `neighbours` processes share its cores (`Ranks.neighbours`).
+    `neighbours` processes share the machine's cores (`Ranks.neighbours`).
 
-    Two, seen on two cores: 1.2 to 1.3 times faster at 256 slots of a model of 1 M parameters and 64 of 25 M; no faster
-    at 64 slots of 1 M, and slower below, where the host's work for each operation is most of a step.
+    Measured on two cores, two lanes were 1.2 to 1.3 times as fast with 256 slots and 1 M parameters, and with 64 slots
+    and 25 M parameters. They were no faster with 64 slots and 1 M parameters, and slower with fewer slots, where the
+    host's work per operation is most of a step.
     """
     cores = own_cores(neighbours)
     worth = slots >= LANES_FROM and slots * largest_product >= LARGE_STEP
@@ -55,9 +55,9 @@ def rollout_lanes(slots: int, largest_product: int, neighbours: int = 1) -> int:
 
 
 class _Worker:
-    """A thread that has an MLX stream: MLX lets no other thread evaluate what is computed there.
+    """A thread with its own MLX stream. MLX does not let other threads evaluate arrays of that stream.
 
-    It gives the stream back before the process ends: one that MLX still finds then may abort the process.
+    The thread frees the stream before the process ends: a stream that still exists then may abort the process.
     """
 
     def __init__(self, name: str) -> None:
@@ -77,9 +77,9 @@ class _Worker:
                 future, work = item
                 try:
                     future.set_result(work())
-                except BaseException as error:  # raised again by whoever asks for the result
+                except BaseException as error:  # raised again by `Future.result`
                     future.set_exception(error)
-                del item, future, work  # or the last step's arrays would live until the next
+                del item, future, work  # otherwise the last step's arrays would live until the next step
         mx.clear_streams()
 
     def _end(self) -> None:
@@ -89,12 +89,12 @@ class _Worker:
 
 @cache
 def _worker(lane: int) -> _Worker:
-    """One for each lane of a process, however many engines there are: neither threads nor streams are ever freed."""
+    """The worker of a lane, shared by all engines of the process: its thread and stream live until the process ends."""
     return _Worker(f"lane-{lane}")
 
 
 class _Common:
-    """A decoding that lanes share, opened and let go of by one lane at a time."""
+    """A decoding that lanes share: only one lane at a time opens or closes sessions."""
 
     def __init__(self, decoding: Decoding) -> None:
         self.decoding, self._lock = decoding, Lock()
@@ -116,7 +116,7 @@ class _Common:
 
 
 class _InTurn:
-    """Speculation that lanes share: one of them at a time."""
+    """Speculation that lanes share: only one lane at a time uses it."""
 
     def __init__(self, speculation: Speculation) -> None:
         self._speculation, self._lock, self.most = speculation, Lock(), speculation.most
@@ -139,13 +139,13 @@ class _InTurn:
 
 
 class Lanes:
-    """Several runs behind the methods of one (`grpo.generation.batching.Run`). All lanes have made their step when
-    `step` returns: nothing but MLX is at work between two calls.
+    """Several runs with the interface of one `grpo.generation.batching.Run`. When `step` returns, all lanes have made
+    their step: between two calls, only MLX is working.
 
-    Rows that have not begun wait here, in the order in which they came, and go to a lane as it has room: while lanes
-    have as many rows, the first lane is served first. A lane takes a row of a prompt that it has, or else of a prompt
-    that no lane has, or else the first. So a prompt's rows are together unless a lane would be left with less to do.
-    A row that has begun stays in its lane, and rows that are submitted beside it go there too.
+    New rows wait here in order of arrival, and go to a lane when it has room: the lane with the fewest rows is served
+    first, and the first of these if several have the fewest. A lane gets the first row whose prompt it already has, or
+    else the first row whose prompt no lane has, or else the first row. So a prompt's rows stay together unless a lane
+    would get less work. A row that has begun stays in its lane, and rows that are added to its prompt later join it.
     """
 
     def __init__(
@@ -156,50 +156,50 @@ class Lanes:
         kept_bytes: int | None,
         speculation: Speculation | None,
     ) -> None:
-        """Each of `count` lanes has its share of the slots, and of the bytes that rows may keep outside of them."""
+        """Each of `count` lanes gets its share of the slots, and of the bytes that rows keep outside their slots."""
         self._find_decoding, self._common = find_decoding, _Common(find_decoding())
         in_turn = None if speculation is None else _InTurn(speculation)
         self._slots = [slots // count + (lane < slots % count) for lane in range(count)]
         share = None if kept_bytes is None else kept_bytes // count
         self.runs = [Run(lambda: self._common, most, Parking(share), in_turn) for most in self._slots]
         self._waiting: deque[Row] = deque()
-        # Weakly, or an engine that serves for days would hold all rows that it has had.
+        # Weak references: otherwise an engine that serves for days would hold all rows that it has ever had.
         self._lane: WeakKeyDictionary[Row, int] = WeakKeyDictionary()
         self._pieces = [WeakKeyDictionary[SharedPrompt, SharedPrompt]() for _ in self.runs]
         self._home: WeakKeyDictionary[SharedPrompt, int] = WeakKeyDictionary()  # the lane of each piece
 
     lockstep = False
-    """A divided model decodes in one lane."""
+    """A model that is divided over processes decodes in one lane."""
 
     @property
     def busy(self) -> bool:
-        """Whether a row decodes or waits for a slot, or a step has not been read yet."""
+        """Whether a row is decoding or waits for a slot, or a step has not been read yet."""
         return bool(self._waiting) or any(run.busy for run in self.runs)
 
     @property
     def load(self) -> int:
-        """Rows that decode or wait for a slot."""
+        """The number of rows that are decoding or wait for a slot."""
         return len(self._waiting) + sum(run.load for run in self.runs)
 
     def begin(self, row: Row) -> None:
         """Queue a new row."""
-        mx.eval(row.key)  # in the thread that has made it
-        if (lane := self._home.get(row.prompt)) is not None:  # it shares the prompt of a row that has begun
+        mx.eval(row.key)  # in the thread that created it
+        if (lane := self._home.get(row.prompt)) is not None:  # the row shares the prompt of a row that has begun
             self._lane[row] = lane
             self.runs[lane].begin(row)
             return
         row.state = "queued"
         self._waiting.append(row)
 
-    def go_on(self, row: Row) -> None:
+    def resume(self, row: Row) -> None:
         """Queue a row that was waiting or parked."""
         if row in self._lane:
-            self.runs[self._lane[row]].go_on(row)
+            self.runs[self._lane[row]].resume(row)
         else:
             self.begin(row)
 
     def park(self, row: Row) -> None:
-        """Take a row out of its slot or the queue. Call `drain` first if the row decodes."""
+        """Take a row out of its slot or the queue. If the row is decoding, call `drain` first."""
         if row in self._lane:
             self.runs[self._lane[row]].park(row)
         else:
@@ -207,7 +207,7 @@ class Lanes:
             row.state = "parked"
 
     def release(self, row: Row) -> None:
-        """Free a row that is not done; with the last of a lane's, free the lane's buffers."""
+        """Free a row that is not done. Freeing a lane's last row also frees the lane's buffers."""
         if row in self._lane:
             self._in_lane(self._lane[row], lambda run: run.release(row))
             return
@@ -223,15 +223,15 @@ class Lanes:
         self._each(range(len(self.runs)), Run.close)
 
     def abandon(self) -> None:
-        """Release all rows, and free all buffers, once no lane is at work."""
+        """Release all rows and free all buffers, after all lanes have stopped working."""
         for row in self._waiting:
             row.state = "released"
         self._waiting.clear()
         self._each(range(len(self.runs)), Run.abandon)
-        self._common.forget()  # what was taken over before a lane began
+        self._common.forget()  # `_settle` may have read weights before any lane opened a session
 
     def step(self) -> Events:
-        """Let each lane decode until one step of its own has been read. No events if all are idle."""
+        """Let each lane decode until it has read one of its steps. The events are empty if all lanes are idle."""
         self._deal()
         busy = [lane for lane, run in enumerate(self.runs) if run.busy]
         if not any(any(run.seats.rows) for run in self.runs):
@@ -239,18 +239,18 @@ class Lanes:
         return _merged(self._each(busy, lambda run: run.step()))
 
     def drain(self) -> Events:
-        """Read the steps in flight, if there are any, without launching others."""
+        """Read the steps in flight, if there are any, without launching new ones."""
         return _merged(self._each(range(len(self.runs)), Run.drain))
 
     def _settle(self) -> None:
-        """Let everything that lanes read be computed before they begin: one of them cannot wait for another's work."""
+        """Evaluate all arrays that lanes share before they begin: a lane cannot wait for another lane's stream."""
         decoding = self._find_decoding()
         if decoding is not self._common.decoding:
             self._common = _Common(decoding)
         self._common.refresh()
 
     def _each(self, lanes: Iterable[int], work: Callable[[Run], _Made]) -> list[_Made]:
-        """Do this in each of the lanes, side by side. Raises the first lane's error, once no lane is at work."""
+        """Run `work` in these lanes in parallel. After all have finished, raises the first lane's error, if any."""
         begun = []
         for lane in lanes:
             begun.append(_worker(lane).begin(lambda run=self.runs[lane]: work(run)))  # type: ignore[misc]
@@ -264,7 +264,7 @@ class Lanes:
         return self._each([lane], work)[0]
 
     def _deal(self) -> None:
-        """Give rows that wait to the lanes that have room."""
+        """Distribute waiting rows to the lanes that have room."""
         at_work = [run.load for run in self.runs]
         open_lanes = len(self.runs)
         while open_lanes > 1 and not any(at_work) and self._too_few(open_lanes):
@@ -282,18 +282,18 @@ class Lanes:
             at_work[lane] += 1
 
     def _too_few(self, lanes: int) -> bool:
-        """Whether one lane less has room for all rows that wait, and so many would have too few rows each."""
+        """Whether this many lanes would have too few rows each, and one lane fewer has room for all waiting rows."""
         rows = len(self._waiting)
         return rows < lanes * FEWEST_ROWS and rows <= sum(self._slots[: lanes - 1])
 
     def _next_for(self, lane: int) -> Row:
         held = [{whole for whole, piece in pieces.items() if piece.left} for pieces in self._pieces]
-        mine = (row for row in self._waiting if row.prompt in held[lane])
-        new = (row for row in self._waiting if not any(row.prompt in prompts for prompts in held))
-        return next(mine, None) or next(new, None) or self._waiting[0]
+        here = (row for row in self._waiting if row.prompt in held[lane])
+        nowhere = (row for row in self._waiting if not any(row.prompt in prompts for prompts in held))
+        return next(here, None) or next(nowhere, None) or self._waiting[0]
 
     def _piece(self, lane: int, whole: SharedPrompt) -> SharedPrompt:
-        """The prompt as this lane has it, for one row more: what is counted there are the lane's own rows."""
+        """The lane's own copy of a prompt, with one more row: it counts only the rows of this lane."""
         piece = self._pieces[lane].setdefault(whole, SharedPrompt(whole.ids, 0, whole.known))
         piece.join(1)
         self._home[piece] = lane
@@ -301,7 +301,7 @@ class Lanes:
 
 
 def _merged(events: Sequence[Events]) -> Events:
-    """The events of several lanes, one lane's slots behind the other's."""
+    """The events of several lanes, with their slots one lane after the other."""
     if len(events) == 1:
         return events[0]
 

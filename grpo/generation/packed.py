@@ -1,7 +1,7 @@
-"""Keys and values kept in 4 or 8 bits a number: `rollout.kv_bits`.
+"""Keys and values stored in 4 or 8 bits per number: `rollout.kv_bits`.
 
-Each head's numbers of one token are quantised by themselves, in groups, by MLX's affine form: integers, and a scale and
-a bias for each group. So what a column holds depends neither on its neighbors nor on when it was written.
+Each token and head is quantized separately, in groups, with MLX's affine mode: integers, and a scale and a bias per
+group. So the content of a column does not depend on other columns, or on when it was written.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from grpo.generation.products import padded, product
 from grpo.generation.slots import Size, View
 
 GROUPS = (64, 32)
-"""Numbers of a head that share a scale and a bias: the first of these that divides its width, or else the last, and
-zeros fill the head up. Groups of 32 round a tenth less than groups of 64, for half a bit a number more in 16 bits."""
+"""Group sizes: how many numbers of a head share a scale and a bias. The first that divides the head's width is used, or
+else the last, with the head padded with zeros. Groups of 32 have a tenth less rounding error than groups of 64, but
+need half a bit more per number with a 16-bit dtype."""
 
 
 @dataclass(frozen=True, slots=True)
 class BitPacking:
-    """How the numbers of heads of one width are quantised: bits of each, and how many share a scale and a bias."""
+    """How heads of one width are quantized: bits per number, and how many numbers share a scale and a bias."""
 
     bits: int
     group: int
@@ -35,23 +36,24 @@ class BitPacking:
 
     @property
     def filled(self) -> int:
-        """The width that is quantised: that of a head, filled up."""
+        """The width of a head, padded to whole groups."""
         return -(-self.width // self.group) * self.group
 
     def packed(self, array: mx.array) -> list[mx.array]:
-        """`[…, D]` as integers `[…, filled · bits / 32]` uint32, scales and biases `[…, filled / group]` of its
-        dtype."""
+        """Quantize `[…, D]`: integers `[…, filled · bits / 32]` uint32, then scales and biases `[…, filled / group]` in
+        the dtype of the input."""
         return list(mx.quantize(padded(array, self.filled, -1), group_size=self.group, bits=self.bits))
 
     def numbers(self, packed: Sequence[mx.array]) -> mx.array:
-        """`[…, D]` from what `packed` returns."""
+        """Dequantize what `packed` returns: `[…, D]`."""
         integers, scales, biases = packed
         return self._cut(mx.dequantize(integers, scales, biases, group_size=self.group, bits=self.bits))
 
     def times_transposed(self, x: mx.array, packed: Sequence[mx.array]) -> mx.array:
-        """`x […, n, D] @ numbers […, C, D]` transposed, `[…, n, C]`, for the few rows that a slot has.
+        """`x […, n, D]` times the transpose of the packed numbers `[…, C, D]`: `[…, n, C]`, for the few rows of a slot.
 
-        Without making the numbers, which takes longer on a CPU. MLX's quantised products were not tried on CUDA.
+        Without CUDA it does not dequantize the numbers, which takes longer on a CPU. MLX's quantized products were not
+        tested on CUDA.
         """
         if available():
             return x @ self.numbers(packed).swapaxes(-1, -2)
@@ -59,14 +61,14 @@ class BitPacking:
         return mx.quantized_matmul(padded(x, self.filled, -1), integers, scales, biases, True, self.group, self.bits)
 
     def times(self, x: mx.array, packed: Sequence[mx.array]) -> mx.array:
-        """`x […, n, C] @ numbers […, C, D]`, `[…, n, D]`, in the same way."""
+        """`x […, n, C]` times the packed numbers `[…, C, D]`: `[…, n, D]`. See `times_transposed`."""
         if available():
             return x @ self.numbers(packed)
         integers, scales, biases = packed
         return self._cut(mx.quantized_matmul(x, integers, scales, biases, False, self.group, self.bits))
 
     def bytes(self, dtype: mx.Dtype) -> int:
-        """Of one head, with scales and biases of this dtype."""
+        """Bytes of one head, with scales and biases in this dtype."""
         return self.filled * self.bits // 8 + 2 * (self.filled // self.group) * dtype.size
 
     def _cut(self, array: mx.array) -> mx.array:
@@ -75,9 +77,10 @@ class BitPacking:
 
 @dataclass
 class PackedLayer(Layer):
-    """A layer's keys and values, quantised. Those of `Layer` are the integers; scales and biases lie beside them.
+    """A layer's quantized keys and values. The inherited buffers hold the integers.
 
-    What goes in and comes out are numbers, `[…, D]` of the model's dtype, but for what a row keeps outside its slot.
+    Methods accept and return plain numbers, `[…, D]` in the model's dtype, except `take` and `put_back`, which copy the
+    packed form.
     """
 
     scales: Layer
@@ -162,7 +165,7 @@ class PackedLayer(Layer):
 
 @dataclass(frozen=True, slots=True)
 class PackedShape(CacheShape):
-    """The same in so many bits."""
+    """A `CacheShape` whose numbers are stored in `bits` bits."""
 
     bits: int
 
@@ -192,5 +195,5 @@ class PackedShape(CacheShape):
 
 
 def packed(shapes: Sequence[CacheShape], bits: int) -> list[CacheShape]:
-    """The shapes of the same layers with keys and values in so many bits."""
+    """The shapes of the same layers with keys and values stored in `bits` bits."""
     return [PackedShape(s.heads, s.key_width, s.value_width, s.dtype, bits) for s in shapes]

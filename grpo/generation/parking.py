@@ -6,7 +6,7 @@ from grpo.generation.rows import Kept, Row
 
 
 class Parking:
-    """Holds at most `most_bytes` of rows' keys and values (None: no limit).
+    """Holds keys and values of rows, at most `most_bytes` in total (None: no limit).
 
     Above the limit, the oldest keys and values are dropped. They are computed again when their row continues.
     """

@@ -1,4 +1,4 @@
-"""Prompts go through the model, and their keys and values straight into prefix places."""
+"""Prefill: computes the keys and values of prompts, and writes them straight into prefix places."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from grpo.model.tiles import NARROWEST
 
 
 class PlaceCache:
-    """Some prefix places of a layer behind the protocol of mlx-lm's `KVCache`.
+    """Some prefix places of a layer, with the interface of mlx-lm's `KVCache`.
 
-    A chunk of tokens sees its own keys and values as they were computed, and those of earlier chunks as they are kept.
+    A chunk of tokens sees its own keys and values as computed, and those of earlier chunks as stored.
     """
 
     def __init__(self, layer: Layer, places: mx.array, offset: int = 0) -> None:
-        """`offset` tokens are there already."""
+        """The first `offset` tokens are in the places already."""
         self._layer, self._places, self.offset = layer, places, offset
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
@@ -41,14 +41,14 @@ class PlaceCache:
     def attend(
         self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Any, sinks: mx.array | None
     ) -> mx.array:
-        """In tiles, in the place of mlx-lm's attention, where that is causal attention over what is seen."""
-        seen, earlier, own = self._last
-        del self._last  # or each layer's would be held until the next chunk
+        """Causal attention in tiles; any other attention is left to mlx-lm's."""
+        seen, earlier, new = self._last
+        del self._last  # otherwise every layer would hold these arrays until the next chunk
         causal = mask is None if queries.shape[2] == 1 else isinstance(mask, str) and mask == "causal"
         if not causal or keys is not seen[0] or values is not seen[1]:
             return mlx_lms(queries, keys, values, scale, mask, sinks)
         prompts = None if earlier is None else PromptKeysValues(*earlier, mx.arange(len(queries)))
-        return attention(queries, *own, scale, Causal(), prompts, sinks, gradient=False)
+        return attention(queries, *new, scale, Causal(), prompts, sinks, gradient=False)
 
     def make_mask(self, *tokens: Any, **settings: Any) -> Any:
         from grpo.model.mlxlm import KVCache
@@ -57,26 +57,26 @@ class PlaceCache:
 
     @property
     def state(self) -> list[mx.array]:
-        """What is to be computed after each chunk."""
+        """The arrays to evaluate after each chunk."""
         return self._layer.arrays()
 
 
 def prefill(
     model: nn.Module, prompts: Sequence[Sequence[int]], layers: Sequence[Layer], places: Sequence[int], first: int = 0
 ) -> None:
-    """Put the keys and values of prompts, without their last tokens, into prefix places, where those of the `first`
-    tokens are already.
+    """Compute the keys and values of prompts, without their last tokens, and write them into prefix places, which hold
+    those of the first `first` tokens already.
 
-    Prompts are padded on the right, which causal attention does not see, and go through the model in chunks. On a CPU
-    they are padded far enough for a prompt's keys and values to be the same to the bit beside any others, and attention
-    and gated layers are computed as in training.
+    Prompts are padded on the right, where causal attention does not see the padding, and go through the model in
+    chunks. On a CPU, there is enough padding to make a prompt's keys and values the same to the bit whatever other
+    prompts are computed with it, and attention and gated layers are computed as in training.
     """
     width = max(map(len, prompts)) - 1 - first
     if width == 0:
         return
     rows = mx.array([[*ids[first:-1], *[0] * (width + 1 + first - len(ids))] for ids in prompts])
     caches = [PlaceCache(layer, mx.array(list(places)), first) for layer in layers]
-    last = width % prefill_chunk() % NARROWEST  # of the last chunk the last tile
+    last = width % prefill_chunk() % NARROWEST  # the width of the last tile of the last chunk
     least = width - last + fewest_columns() if last else width
     with nullcontext() if on_gpu() else InTiles(model).begun():
         feed_caches(model, caches, padded(rows, least, 1), width)

@@ -1,4 +1,4 @@
-"""How far rows are, told now and then."""
+"""Reports the progress of rows at intervals."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from grpo.generation.rows import Row
 from grpo.progress import Progress, RowCounts
 
 TELL_EVERY = 0.5
-"""Seconds between two reports: counting tokens at every step would be work for the host."""
+"""Seconds between two reports: counting tokens at every step would cost the host time."""
 
 
 class TokenProgress:
-    """Tells of a phase how many tokens there are, the most that there can be (it falls as rows stop), and the rows."""
+    """Reports a phase's number of tokens, its upper bound (which falls as rows end), and counts of rows."""
 
     def __init__(self, progress: Progress | None, phase: str) -> None:
         self._progress, self._phase, self._told = progress, phase, 0.0
 
     def now_and_then(self, groups: Iterable[Iterable[Row]]) -> None:
-        """Tell if it is time."""
+        """Report if `TELL_EVERY` seconds have passed since the last report."""
         if self._progress is not None and (now := time.monotonic()) - self._told >= TELL_EVERY:
             self._told = now
             self.tell(groups)
 
     def tell(self, groups: Iterable[Iterable[Row]]) -> None:
-        """Tell at once."""
+        """Report now."""
         if self._progress is None:
             return
         rows = [row for group in groups for row in group]
@@ -35,7 +35,7 @@ class TokenProgress:
 
 
 def _counts(rows: Sequence[Row]) -> RowCounts:
-    """How many of the rows have ended, and how many turns have begun: one more than what was put between them."""
+    """The numbers of rows, ended rows, and turns begun: each row has one more turn than injected spans."""
     ended = sum(row.state in ("done", "released") for row in rows)
     turns = sum(1 + sum(span.start >= row.opening for span in row.injected) for row in rows if row.begun)
     return RowCounts(ended, len(rows), turns)

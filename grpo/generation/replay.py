@@ -1,4 +1,4 @@
-"""What speculation would have taken: a group that was decoded is decoded again, from its tokens alone."""
+"""Estimates acceptance without running the model: replays the tokens of a decoded group against drafts for them."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from grpo.generation.rows import Row
 
 @dataclass(slots=True)
 class Taken:
-    """How many `tokens` rows took in so many `turns`: a turn is one step of one row. Old turns count less and less."""
+    """Sums of accepted `tokens` over `turns`; a turn is one step of one row. Old turns gradually lose weight."""
 
     tokens: float = 0.0
     turns: float = 0.0
 
     MEMORY = 2048
-    """Turns after which those so far count half."""
+    """Number of turns after which all turns so far count half."""
 
     def add(self, tokens: float, turns: float) -> None:
-        """Count so many more."""
+        """Add tokens and turns."""
         self.tokens, self.turns = self.tokens + tokens, self.turns + turns
         if self.turns > self.MEMORY:
             self.tokens, self.turns = self.tokens / 2, self.turns / 2
 
     @property
     def mean(self) -> float:
-        """Tokens a turn: 1, as in plain decoding, before any is known."""
+        """Tokens per turn; 1, as in plain decoding, if there are no turns yet."""
         return self.tokens / self.turns if self.turns else 1.0
 
 
 def replay(group: Siblings, rows: Sequence[Row], width: int, until: float = math.inf) -> tuple[int, int]:
-    """Decode the rows of a group once more with steps of `width` tokens, all from their beginnings side by side.
+    """Replay the rows of a group with steps of `width` tokens, all rows in parallel from their beginnings.
 
-    Returns the tokens that were sampled, and in how many turns of a row, without the tokens of an earlier replay.
-    Drafts come from what the rows had said by then, and from what was known before them. It breaks off when the clock
-    (`time.perf_counter`) says `until`.
+    Returns the number of sampled tokens and the number of turns that they took, without tokens that an earlier replay
+    has counted. As in decoding, drafts come from the rows' tokens up to that step, and from older completions. Stops
+    when the clock (`time.perf_counter`) reaches `until`.
     """
     index, prompt = group.new_index()
     states, places = [prompt] * len(rows), [0] * len(rows)
     sampled = turns = 0
-    alive = [number for number, row in enumerate(rows) if row.token_ids]  # a row that has just begun has none
+    alive = [number for number, row in enumerate(rows) if row.token_ids]  # a row that has just begun has no tokens
     while alive and time.perf_counter() < until:
         for number in alive:
             row, place = rows[number], places[number]
@@ -59,7 +59,7 @@ def replay(group: Siblings, rows: Sequence[Row], width: int, until: float = math
 
 
 def _agreeing(row: Row, place: int, drafts: Sequence[int]) -> int:
-    """How many tokens a row takes from this place on: one, and one more for each draft that is what it said."""
+    """The number of tokens that a row accepts from `place` on: one, and one more per draft that equals its token."""
     tokens, taken = row.token_ids, 1
     stop = min([len(tokens), *(span.start for span in row.injected if span.start > place)])
     for draft in drafts:

@@ -17,19 +17,19 @@ State = Literal["queued", "decoding", "waiting", "parked", "done", "released"]
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A prompt of at least one token, and how to sample `n` rows of it.
+    """A prompt of at least one token, and how to sample `n` rows for it.
 
-    The draw of row i, counted from `first`, at position t depends on (`seed`, `path`, i, t) alone. Positions count all
-    tokens after the prompt from 0, sampled or not, and `sampling.max_tokens` limits them all. `logprobs` says whether
-    logprobs are computed. With `keep`, a row that ends waits to be extended until it is released; otherwise it is
+    The draw of row i, counted from `first`, at position t depends only on (`seed`, `path`, i, t). Positions count all
+    tokens after the prompt from 0, sampled or not, and `sampling.max_tokens` limits all of them. `logprobs`: whether
+    logprobs are computed. With `keep`, a row that ends its turn waits until it is extended or released; otherwise it is
     freed.
 
-    `openings` are what each row's own prompt has after the shared one, which may be nothing: no limit counts these
-    tokens. Without any, all rows begin after `prompt_ids`. `beside` is a row with the same `prompt_ids`, whose keys and
-    values of the prompt are shared.
+    `openings` are, for each row, the tokens of its prompt after the shared `prompt_ids`; they may be empty, and limits
+    do not count them. By default, all rows begin after `prompt_ids`. `beside` is a row with the same `prompt_ids`: the
+    new rows share the keys and values of its prompt.
 
-    Of the `known` keys and values those are used that belong to the beginning of the prompt. With `remember`, a row
-    that has ended leaves its own in `Row.computed`.
+    `known` has keys and values from before; the part that matches the beginning of the prompt is reused. With
+    `remember`, a row that has ended leaves its keys and values in `Row.computed`.
     """
 
     prompt_ids: Sequence[int]
@@ -48,10 +48,10 @@ class Submission:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """Keys and values of `token_ids` from the first on, outside of all buffers, for a later prompt that begins alike.
+    """Keys and values of all `token_ids`, outside the buffers, for a later prompt with the same beginning.
 
-    They are of the weights that computed them. The form of `state` depends on the kind of session that made it, `by`.
-    `cuts` says whether it can be cut: if not, all of it must be in the prompt.
+    They are valid only for the weights that computed them. The form of `state` depends on the type of session that made
+    it, `by`. `cuts`: whether a part of `state` can be used; if not, a prompt must begin with all `token_ids`.
     """
 
     token_ids: Sequence[int]
@@ -61,20 +61,20 @@ class Computed:
     cuts: bool
 
     def usable(self, prompt_ids: Sequence[int]) -> int:
-        """How many tokens of a prompt it saves, which are all but the last at most."""
+        """The number of tokens of a prompt that need no prefill: at most all but the last."""
         shared = self.shared(prompt_ids[:-1])
         return shared if self.cuts or shared == len(self.token_ids) else 0
 
     def shared(self, token_ids: Sequence[int]) -> int:
-        """How many tokens at the beginning are the same."""
+        """The length of the common prefix."""
         pairs = zip(self.token_ids, token_ids, strict=False)
         return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(self.token_ids), len(token_ids)))
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class SharedPrompt:
-    """A prompt that `n` rows share. `left` of them may still decode, `unstarted` have not begun. What is `known` of it
-    need not be computed."""
+    """A prompt that `n` rows share: `left` rows may still decode, and `unstarted` rows have not begun. `known` has keys
+    and values that need not be computed again."""
 
     ids: Sequence[int]
     n: int = 1
@@ -86,7 +86,7 @@ class SharedPrompt:
         self.left = self.unstarted = self.n
 
     def join(self, n: int) -> None:
-        """Let so many rows more share it."""
+        """Let `n` more rows share the prompt."""
         self.n, self.left, self.unstarted = self.n + n, self.left + n, self.unstarted + n
 
 
@@ -94,8 +94,8 @@ class SharedPrompt:
 class Kept:
     """The keys and values of a row outside its slot.
 
-    They belong to `fed` tokens: the last of the prompt, which decoding feeds first, and the tokens after it. The form
-    of `state` depends on the way of decoding.
+    They belong to `fed` tokens: the last token of the prompt, which decoding feeds first, and the tokens after it. The
+    form of `state` depends on the session.
     """
 
     fed: int
@@ -105,7 +105,7 @@ class Kept:
 
 @dataclass(slots=True, eq=False)
 class Line:
-    """The part of a row that a session sees: prompt, tokens after it, and any keys and values that were kept.
+    """The part of a row that a session sees: its prompt, the tokens after it, and the keys and values that it kept.
 
     The first `opening` tokens belong to the row's own prompt.
     """
@@ -117,7 +117,7 @@ class Line:
 
     @property
     def begun(self) -> bool:
-        """Whether it has tokens beyond its own prompt."""
+        """Whether the row has tokens after its own prompt."""
         return len(self.token_ids) > self.opening
 
     @property
@@ -127,20 +127,20 @@ class Line:
 
     @property
     def pending(self) -> list[int]:
-        """The tokens before `last` whose keys and values must be computed, besides those of the prompt."""
-        own = [self.prompt.ids[-1], *self.token_ids]
-        return own[self.kept.fed if self.kept else 0 : -1]
+        """The tokens before `last` whose keys and values are neither in the prompt's nor in `kept`."""
+        tokens = [self.prompt.ids[-1], *self.token_ids]
+        return tokens[self.kept.fed if self.kept else 0 : -1]
 
 
 @dataclass(slots=True, eq=False, kw_only=True, weakref_slot=True)
 class Row(Line):
     """A completion in progress, and the handle to extend, park and release it.
 
-    `token_ids` are all tokens after the prompt. `logprobs` and `sampler_logprobs`, if requested, have one entry for
-    each, 0 for tokens that were not sampled; `injected` has the ranges of those. There are at most `longest`, with the
-    opening. `finish_reason` is None until the row ends. A row that is to `remember` has `computed` one step later at
-    most. The other fields are the engine's: `launched` counts the tokens whose steps have been launched, and
-    `queued_at` is the moment (`time.perf_counter`) at which the row was queued.
+    `token_ids` are all tokens after the prompt, at most `longest` including the opening. `logprobs` and
+    `sampler_logprobs`, if requested, have one entry per token, 0 for tokens that were not sampled; `injected` has the
+    ranges of these tokens. `finish_reason` is None until the row ends. With `remember`, `computed` is set at most one
+    step after the end. The other fields are the engine's: `launched` counts the tokens whose steps have been launched,
+    and `queued_at` is the time (`time.perf_counter`) at which the row was queued.
     """
 
     key: mx.array
@@ -165,12 +165,12 @@ class Row(Line):
 
     @property
     def room(self) -> int:
-        """The most tokens that `extend` can add and still leave room to sample one."""
+        """The largest number of tokens that `extend` can add, with room left to sample one token."""
         return max(0, self.longest - len(self.token_ids) - 1)
 
     @property
     def turn(self) -> list[int]:
-        """The tokens that were sampled since the last that were not."""
+        """The tokens sampled since the last injected tokens."""
         return self.token_ids[self.injected[-1].stop if self.injected else 0 :]
 
     @property
@@ -193,7 +193,7 @@ class Row(Line):
         self.stopping = self.stopping.from_token(end)
 
     def open(self, token_ids: Sequence[int]) -> None:
-        """Begin after more tokens of the prompt, which are the row's own."""
+        """Add tokens to the row's own prompt, after the shared prompt. Call this before the row begins."""
         self.inject(token_ids)
         self.opening = len(token_ids)
         self.longest += self.opening

@@ -1,4 +1,4 @@
-"""How the next token is chosen, and with what probability."""
+"""Draws the next token, and computes its logprobs."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ from grpo.model.logprobs import scaled, token_logprobs
 class Sampling:
     """How completions are sampled, and when they end.
 
-    temperature 0 is greedy. `repetition_penalty` (CTRL, arXiv 1909.05858) is over prompt and completion; then come
-    the temperature, `top_k` (0: all), `top_p` (arXiv 1904.09751) and `min_p` (arXiv 2407.01082), in this order, as in
-    transformers. max_tokens counts the stop token; before `min_tokens` none of the stop tokens can be chosen.
-    `stop` are strings that end a completion, `stop_ids` tokens that do so besides the tokenizer's. A row that repeats
-    some of its last tokens `max_repeats` times in a row is ended (0: never). Of a row with several turns, each may have
-    `max_turn_tokens` (0: as many as are left of `max_tokens`).
+    `temperature` 0 is greedy. `repetition_penalty` (CTRL, arXiv 1909.05858) counts prompt and completion. Then follow
+    the temperature, `top_k` (0: off), `top_p` (arXiv 1904.09751) and `min_p` (arXiv 2407.01082), in the order of
+    transformers.
+
+    `max_tokens` counts the stop token; before `min_tokens` tokens, no stop token can be drawn. `stop` are strings that
+    end a completion; `stop_ids` are tokens that end it, in addition to the tokenizer's. A row ends when its last tokens
+    are `max_repeats` copies of the same tokens (0: never). `max_turn_tokens` limits each turn of a row (0: only
+    `max_tokens` limits it).
     """
 
     temperature: float = 1.0
@@ -48,16 +50,16 @@ class Sampling:
 
     @property
     def reshaped(self) -> bool:
-        """Whether tokens come from another distribution than the model's at this temperature."""
+        """Whether the sampling distribution can differ from the model's distribution at this temperature."""
         return self.filtered or self.repetition_penalty != 1 or self.min_tokens > 0
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """One token a row, `[S]` uint32, and if asked for its logprobs, `[S]` fp32.
+    """One token per row, `[S]` uint32, and its logprobs, `[S]` fp32, if requested.
 
-    `logprobs` are the model's at the sampling temperature; `sampler_logprobs` those of the distribution really sampled,
-    None where it is the same.
+    `logprobs` are the model's at the sampling temperature; `sampler_logprobs` are those of the distribution that tokens
+    were drawn from, None if it is the same.
     """
 
     tokens: mx.array
@@ -72,7 +74,7 @@ _categorical = mx.vmap(lambda logits, key: mx.random.categorical(logits, key=key
 
 
 class _Places(NamedTuple):
-    """Where N tokens are drawn: logits `[N, V]`, tokens `decoded` `[N]`, keys `[N, 2]`, tokens `seen` `[N, V]`."""
+    """The inputs of N draws: logits `[N, V]`, counts of decoded tokens `[N]`, keys `[N, 2]`, `seen` `[N, V]` bool."""
 
     logits: mx.array
     decoded: mx.array
@@ -81,9 +83,9 @@ class _Places(NamedTuple):
 
 
 def _random(logits: mx.array, places: _Places) -> tuple[mx.array, mx.array]:
-    """Tokens drawn by the exponentials of logits `[N, V]` fp32, and the logarithms of their sums: two `[N]`.
+    """Draw tokens from the softmax of logits `[N, V]` fp32. Returns the tokens and the logsumexps, `[N]` each.
 
-    A CPU and a GPU draw different tokens by the same keys.
+    A CPU and a GPU draw different tokens with the same keys.
     """
     counters = mx.stack([mx.zeros_like(places.decoded), places.decoded], axis=1).astype(mx.uint32)
     keys = places.keys + counters
@@ -94,15 +96,15 @@ def _random(logits: mx.array, places: _Places) -> tuple[mx.array, mx.array]:
 
 
 def _seen_behind(seen: mx.array, fed: mx.array) -> mx.array:
-    """What a slot has seen `[S, V]`, and of what is fed `[S, W]` the tokens up to each: `[S · W, V]`."""
-    rows = [seen]  # the first was drawn before
+    """The tokens seen up to each fed token: `[S · W, V]`, from `seen` `[S, V]` and the fed tokens `[S, W]`."""
+    rows = [seen]  # the first fed token was drawn before, so `seen` has it
     for place in range(1, fed.shape[1]):
         rows.append(mx.put_along_axis(rows[-1], fed[:, place : place + 1], mx.array(True), axis=-1))
     return mx.stack(rows, axis=1).flatten(0, 1)
 
 
 class TokenSampler:
-    """Draws for all slots at once. Where a penalty needs it, the device keeps which tokens each slot has seen."""
+    """Draws for all slots together. With a repetition penalty, the device records the tokens that each slot saw."""
 
     def __init__(self, sampling: Sampling, stop_ids: Iterable[int], slots: int, vocabulary: int) -> None:
         self.sampling = sampling
@@ -113,7 +115,7 @@ class TokenSampler:
         self._seen = mx.zeros((slots, vocabulary), mx.bool_) if sampling.repetition_penalty != 1 else None
 
     def admit(self, slots: Sequence[int], keys: Sequence[mx.array], prompts: Sequence[Sequence[int]]) -> None:
-        """Rows with these keys and prompts begin in these slots."""
+        """Begin rows with these keys and prompts in these slots."""
         self.keys[mx.array(list(slots))] = mx.stack(list(keys))
         if self._seen is not None:
             self._seen[mx.array(list(slots))] = False
@@ -121,23 +123,23 @@ class TokenSampler:
             self._seen[mx.array(where), mx.array([token for prompt in prompts for token in prompt])] = True
 
     def grow(self, slots: int) -> None:
-        """Have more slots."""
+        """Grow to this many slots."""
         more = slots - self.keys.shape[0]
         self.keys = mx.pad(self.keys, [(0, more), (0, 0)])
         if self._seen is not None:
             self._seen = mx.pad(self._seen, [(0, more), (0, 0)])
 
     def keep(self, slots: mx.array) -> None:
-        """Drop all slots but these."""
+        """Keep only these slots."""
         self.keys = self.keys[slots]
         if self._seen is not None:
             self._seen = self._seen[slots]
 
     def draw(self, logits: mx.array, decoded: mx.array, logprobs: bool) -> Drawn:
-        """Choose a token for each slot.
+        """Draw a token for each slot.
 
-        logits `[S, V]` of the model's dtype; decoded `[S]`, how many tokens each row has already: with the row's own
-        key it says what is drawn, whatever other rows there are. Greedy choices have their logprobs at temperature 1.
+        logits `[S, V]` in the model's dtype; decoded `[S]`, the number of tokens of each row. Only this number and the
+        row's key determine the draw, not the other rows. The logprobs of greedy tokens are at temperature 1.
         """
         drawn = self._drawn(_Places(logits, decoded, self.keys, self._seen), logprobs)
         if self._seen is not None:
@@ -145,9 +147,9 @@ class TokenSampler:
         return drawn
 
     def draw_wide(self, logits: mx.array, fed: mx.array, decoded: mx.array, logprobs: bool) -> Drawn:
-        """Choose a token behind each that was fed, as `draw` would if those before it had been drawn: `[S · W]`.
+        """Draw a token after each fed token, as `draw` would if all fed tokens up to there had been drawn: `[S · W]`.
 
-        logits `[S, W, V]`, fed `[S, W]`. Which of them a slot has drawn is for `take` to say.
+        logits `[S, W, V]`, fed `[S, W]`. Call `take` with the tokens that each slot accepts.
         """
         width = fed.shape[1]
         at = (decoded[:, None] + mx.arange(width)).flatten()
@@ -156,7 +158,7 @@ class TokenSampler:
         return self._drawn(places, logprobs)
 
     def take(self, taken: Sequence[Sequence[int]]) -> None:
-        """After `draw_wide`: the tokens that each slot has drawn."""
+        """After `draw_wide`, record the tokens that each slot accepts."""
         slots = [slot for slot, tokens in enumerate(taken) for _ in tokens]
         if self._seen is not None and slots:
             self._seen[mx.array(slots), mx.array([token for tokens in taken for token in tokens])] = True
@@ -185,11 +187,11 @@ class TokenSampler:
             places.logits, s.temperature, places.decoded, self._stops, s.min_tokens, places.seen, s.repetition_penalty
         )
         lowest = cuda_sampling.threshold(logits, s.top_k, s.top_p, s.min_p) if s.filtered else None
-        tokens, theirs, sampled = cuda_sampling.draw(logits, lowest, places.keys, logprobs)
-        return Drawn(tokens, theirs if logprobs else None, sampled if logprobs and s.reshaped else None)
+        tokens, plain, sampled = cuda_sampling.draw(logits, lowest, places.keys, logprobs)
+        return Drawn(tokens, plain if logprobs else None, sampled if logprobs and s.reshaped else None)
 
     def _reshaped(self, places: _Places) -> mx.array:
-        """Logits of the distribution to sample from, fp32, -inf where nothing may be drawn."""
+        """Logits of the sampling distribution, fp32, with -inf for tokens that must not be drawn."""
         sampling, logits = self.sampling, places.logits.astype(mx.float32)
         if places.seen is not None:
             logits = repetition_penalised(logits, places.seen, sampling.repetition_penalty)

@@ -1,4 +1,4 @@
-"""The slots: which row sits in each, and which rows wait for one."""
+"""Assigns rows to slots, and keeps the queue of rows that wait for a slot."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from grpo.generation.slots import Size
 class Seats:
     """At most `most_slots` slots, with the buffers and samplers behind them.
 
-    Buffers are opened when the first rows enter, and grow with the rows in flight: in slots as rows come, in columns as
-    the longest row gets longer. `rows` has the row of each slot, or None. `away` counts the rows that may come back:
-    slots are not dropped while there are any.
+    Buffers are opened when the first rows enter, and grow with the rows in flight: in slots as rows arrive, in columns
+    as the longest row grows. `rows` has the row of each slot, or None. `away` counts the rows that may come back: slots
+    are not dropped while there are any.
 
-    Rows whose tokens have to go through the model first stall those that decode. Where the device works ahead of the
-    host (`Session.overlaps`) such a stall costs many steps, so rows enter together: when they have waited as long, all
-    of them added up, as the rows that decode would be stalled.
+    A row that needs prefill stalls the rows that decode. If the device works ahead of the host (`Session.overlaps`),
+    such a stall costs many steps, so rows enter together: when their total waiting time reaches the total time for
+    which they would stall the decoding rows.
     """
 
     def __init__(
         self, find_decoding: Callable[[], Decoding], most_slots: int, parking: Parking, ahead: int = 0
     ) -> None:
-        """`ahead` says how many tokens a step may feed that are behind a row's last."""
+        """`ahead`: the largest number of drafts that a step may feed after a row's last token."""
         self._ahead = ahead
         self._find_decoding, self._most_slots, self.parking = find_decoding, most_slots, parking
         self.rows: list[Row | None] = []
         self.queue: deque[Row] = deque()
         self.away = 0
         self._leaving: list[tuple[int, Row, int, bool]] = []
-        self._stall = 0.0  # seconds that letting rows enter took of late
-        self._holding: bool | None = None  # whether the queue waits at this step, once that is decided
-        self._unfit = False  # rows have come that the buffers were not made to fit
-        self._columns = 0  # that each slot has
+        self._stall = 0.0  # seconds that rows recently took to enter: a moving average
+        self._holding: bool | None = None  # whether the queue waits at this step; None: not yet decided
+        self._unfit = False  # whether the buffers have not yet been fitted to new rows
+        self._columns = 0  # the number of columns per slot
         self._opened: Decoding | None = None
         self._session: Session
         self._samplers: Samplers
@@ -66,7 +66,7 @@ class Seats:
         return self._opened is not None and self._opened.lockstep
 
     def enqueue(self, row: Row) -> None:
-        """Queue a row. A row that continues goes before the rows that have not begun."""
+        """Queue a row. Rows that continue go before rows that have not begun."""
         if row.begun:
             begun = sum(other.begun for other in self.queue)
             self.queue.insert(begun, row)
@@ -75,8 +75,8 @@ class Seats:
         row.state, row.queued_at, self._unfit = "queued", time.perf_counter(), True
 
     def leave(self, row: Row, keep: bool) -> None:
-        """Take a row out of its slot, if it has one. With `keep`, its keys and values are saved before others overwrite
-        them, as they are of a row that is to remember them."""
+        """Take a row out of its slot, if it has one. With `keep`, or if the row remembers them, its keys and values are
+        saved before other rows overwrite them."""
         if (slot := blank(self.rows, row)) is None:
             return
         if keep or row.remember:
@@ -86,7 +86,7 @@ class Seats:
             self.spare(row.prompt)
 
     def spare(self, prompt: SharedPrompt) -> None:
-        """Count one row of this prompt as finished; after the last, free the prompt."""
+        """Count one row of this prompt as finished; after the last row, free the prompt."""
         prompt.left -= 1
         if not prompt.left and self._opened is not None:
             self._session.forget(prompt)
@@ -105,8 +105,8 @@ class Seats:
         return self._is_tail(free) or self._session.needs_prefill(entering)
 
     def arrange(self) -> None:
-        """Move queued rows into free slots, and let columns grow. If no rows will come, drop free slots: once they are
-        half of all, and before columns grow."""
+        """Move queued rows into free slots, and add columns if needed. If no more rows can come, drop free slots when
+        they are half of all slots, and before columns grow."""
         self._take_out()
         if self.queue and not any(self.rows):
             self._begin()
@@ -136,12 +136,12 @@ class Seats:
         return drawn
 
     def draw_wide(self, fed: list[list[int]]) -> Drawn:
-        """Build the graph that draws behind each of the W tokens of every slot: `[S · W]`. `take` must follow."""
+        """Build the graph that draws a token after each of the W fed tokens per slot: `[S · W]`. Then call `take`."""
         tokens, decoded = mx.array(fed, mx.uint32), self._session.decoded()
         return self._samplers.draw_wide(self._session.wide(tokens), tokens, decoded, self._logprobs)
 
     def take(self, taken: Sequence[Sequence[int]]) -> None:
-        """Say which of the drawn tokens each slot has taken: so many of those that were fed are kept."""
+        """Accept, for each slot, these of the drawn tokens. The session keeps the same number of fed tokens."""
         self._session.accept([len(tokens) for tokens in taken])
         self._samplers.take(taken)
         self._tokens = mx.array([tokens[-1] if tokens else 0 for tokens in taken], mx.uint32)
@@ -155,7 +155,7 @@ class Seats:
         self.rows, self._opened = [], None
 
     def abandon(self) -> None:
-        """Free all buffers, and everything that rows have kept outside of them; no row will come back."""
+        """Free all buffers, and all keys and values that rows keep outside them. No row can come back."""
         self.queue.clear()
         self._leaving.clear()
         self.parking.clear()
@@ -163,7 +163,7 @@ class Seats:
         self.close()
 
     def _holds(self) -> bool:
-        """Whether queued rows wait for others to enter with them."""
+        """Whether queued rows wait, so that more rows can enter together with them."""
         decoding = sum(row is not None for row in self.rows)
         entering = list(islice(self.queue, self._most_slots - decoding))
         if not (entering and decoding and self.overlaps and self._session.needs_prefill(entering)):
@@ -177,7 +177,7 @@ class Seats:
         return [slot for slot, row in enumerate(self.rows) if row is None]
 
     def _is_tail(self, free: Sequence[int]) -> bool:
-        """Whether at least half the slots are empty and no row will enter them, so that fewer slots are faster."""
+        """Whether at least half the slots are empty and no row will enter them: then fewer slots are faster."""
         return not self._more_come and len(self.rows) > len(free) >= (len(self.rows) + 1) // 2
 
     @property
@@ -190,7 +190,7 @@ class Seats:
             if row.remember and row.state != "released":
                 row.computed = self._session.whole(slot, row)
             if keep and row.state != "released":
-                # Without the row's last token, which a step under way may have fed or not.
+                # Without the row's last token: a step in flight may or may not have fed it.
                 self.parking.put(row, self._session.take(slot, tokens))
             self._session.release(slot)
             if not keep:
@@ -198,12 +198,12 @@ class Seats:
         self._leaving.clear()
 
     def _begin(self) -> None:
-        """Open the buffers, or take over the model's weights, which may have changed while all slots were empty."""
+        """Open the buffers, or read the model's weights again: they may have changed while all slots were empty."""
         decoding = self._find_decoding()
         if decoding is self._opened:
             self._session.refresh()
             return
-        self.parking.clear()  # another way of decoding cannot use what is kept
+        self.parking.clear()  # another decoding cannot use the keys and values that were kept
         size = self._size()
         self._samplers, self._tokens = Samplers(size.slots, decoding.vocabulary), mx.zeros(size.slots, mx.uint32)
         self._opened, self._session = decoding, decoding.open(size)
@@ -218,16 +218,16 @@ class Seats:
         return Size(slots, min(len(prompts), slots), prefix, columns)
 
     def _needed(self, rows: Sequence[Row]) -> int:
-        """How many columns the next step of these rows needs."""
+        """The number of columns that the next step of these rows needs."""
         return max(max(row.launched, len(row.token_ids)) for row in rows) + 1 + self._ahead
 
     def _outgrown(self) -> bool:
-        """Whether the next step needs more columns than there are."""
+        """Whether the next step needs more columns than the slots have."""
         rows = [row for row in self.rows if row is not None]
         return bool(rows) and self._needed(rows) > self._columns
 
     def _grow(self) -> None:
-        """Make more columns. Slots that stay free are dropped first, so that no columns are made for them."""
+        """Add columns. Slots that stay free are dropped first, so that they get no columns."""
         if None in self.rows and not self._more_come:
             self._shrink()
         self._fit()
@@ -248,7 +248,7 @@ class Seats:
         self._session.admit(slots, rows)
         self._stall += (time.perf_counter() - began - self._stall) / 4
         first = mx.array([row.last for row in rows], mx.uint32)
-        # Not `self._tokens[...] = first`: a step that has not been read holds the same object.
+        # Not `self._tokens[...] = first`: a step that has not been read holds the same array object.
         self._tokens = mx.put_along_axis(self._tokens, mx.array(slots), first, axis=0)
         for slot, row in entering:
             self.parking.drop(row)

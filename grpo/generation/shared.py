@@ -1,4 +1,4 @@
-"""A session whose rows share the keys and values of their prompts, in prefix places; each has columns of its own."""
+"""A session whose rows share the keys and values of their prompts in prefix places; each row has its own columns."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ from grpo.generation.slots import Size, Slots
 class SharedPrefixSession:
     """See `grpo.generation.decoding.Session`.
 
-    A prefix place is given to a prompt as its first row comes, and is free when no row of it will come. The place of a
-    prompt of which no row has a slot is given away if there is no free one: then the prompt is prefilled again when
-    one of its rows comes back.
+    A prompt gets a prefix place when its first row enters, and frees it when no more rows will enter. If no place is
+    free, a prompt without rows in slots loses its place: it is prefilled again when one of its rows comes back.
     """
 
     def __init__(
@@ -36,7 +35,7 @@ class SharedPrefixSession:
         extends_together: Callable[[], bool],
         size: Size,
     ) -> None:
-        """`extends_together` says whether several rows may be extended in one batch."""
+        """`extends_together` returns whether several rows may be extended in one batch."""
         self._extends_together = extends_together
         self.overlaps, self.widest = attention.overlaps, attention.widest
         self._model, self._decoder, self._attention = model, decoder, attention
@@ -85,9 +84,9 @@ class SharedPrefixSession:
     def whole(self, slot: int, row: Line) -> Computed:
         columns = min(self._slots.own(slot), len(row.token_ids))
         place, length = self._place[row.prompt], len(row.prompt.ids) - 1
-        own = [layer.numbers(layer.take(slot, columns)) for layer in self._layers]
+        decoded = [layer.numbers(layer.take(slot, columns)) for layer in self._layers]
         state = [
-            _joined(layer.prompt(place, length), numbers) for layer, numbers in zip(self._layers, own, strict=True)
+            _joined(layer.prompt(place, length), numbers) for layer, numbers in zip(self._layers, decoded, strict=True)
         ]
         mx.eval(state)
         ids = (*row.prompt.ids, *row.token_ids)[: length + columns]
@@ -107,12 +106,12 @@ class SharedPrefixSession:
         self._free = []
         self._seated = [self._seated[slot] for slot in slots]
         self._slots.keep(slots, places)
-        kept, left = mx.array(list(slots)), mx.array(places)
+        kept_slots, kept_places = mx.array(list(slots)), mx.array(places)
         for layer in self._layers:
-            layer.keep(kept, left)
+            layer.keep(kept_slots, kept_places)
 
     def close(self) -> None:
-        self._layers.clear()  # which a frame that has failed may hold, too
+        self._layers.clear()  # in place, because the frame of an exception may hold the same list
         self._place.clear()
 
     def decoded(self) -> mx.array:
@@ -136,7 +135,7 @@ class SharedPrefixSession:
         return self._place.pop(idle)
 
     def _prefill(self, new: Sequence[SharedPrompt]) -> None:
-        """Compute prompts, those with known beginnings one by one from there on."""
+        """Compute prompts: those with known beginnings one by one, the others in batches."""
         known = {prompt: self._put_known(prompt) for prompt in new}
         for prompt, first in known.items():
             if first:
@@ -151,7 +150,7 @@ class SharedPrefixSession:
             )
 
     def _put_known(self, prompt: SharedPrompt) -> int:
-        """Put the known beginning of a prompt into its place. Returns how many tokens that are."""
+        """Write the known beginning of a prompt into its place. Returns the number of its tokens."""
         known = prompt.known
         first = known.usable(prompt.ids) if known is not None and known.by is type(self) else 0
         if known is not None and first:
@@ -161,13 +160,13 @@ class SharedPrefixSession:
         return first
 
     def _bring(self, entering: Sequence[tuple[int, Line]]) -> None:
-        """Put rows' own keys and values into their slots: what they have kept, and what is computed here."""
+        """Write keys and values of rows into their slots: those that were kept, and those computed here."""
         longest = max((len(row.prompt.ids) + len(row.token_ids) for _, row in entering), default=1)
         at_once = max(1, PREFILL_TOKENS // longest)
         for start in range(0, len(entering), at_once):
             part = entering[start : start + at_once]
             pending = [row.pending for _, row in part]
-            # On a CPU a row's keys and values would differ in their last bits with the rows that come beside it.
+            # On a CPU, the last bits of a row's keys and values would depend on the other rows of the batch.
             together = sum(map(bool, pending)) > 1 and on_gpu() and self._extends_together()
             held = [filled(self._model, self._held(row)) for _, row in part]
             for (slot, row), caches in zip(part, extended(self._model, held, pending, together), strict=True):
@@ -182,18 +181,18 @@ class SharedPrefixSession:
             mx.eval([layer.arrays() for layer in self._layers])
 
     def _held(self, row: Line) -> list[KeysValues]:
-        """Keys and values of a row's prompt and of what it has kept, a pair for each layer."""
+        """Keys and values of a row's prompt and of its kept tokens, one pair per layer."""
         place, length = self._place[row.prompt], len(row.prompt.ids) - 1
         prompts = [layer.prompt(place, length) for layer in self._layers]
         if row.kept is None:
             return prompts
         kept = [layer.numbers(taken) for layer, taken in zip(self._layers, row.kept.state, strict=True)]
-        return [_joined(prompt, own) for prompt, own in zip(prompts, kept, strict=True)]
+        return [_joined(prompt, decoded) for prompt, decoded in zip(prompts, kept, strict=True)]
 
 
 def _joined(first: KeysValues, second: KeysValues) -> KeysValues:
-    """Keys and values of tokens, and of those behind them."""
-    keys, values = (mx.concatenate([one, more], axis=2) for one, more in zip(first, second, strict=True))
+    """Keys and values of some tokens, followed by those of the next tokens."""
+    keys, values = (mx.concatenate(list(pair), axis=2) for pair in zip(first, second, strict=True))
     return keys, values
 
 

@@ -1,9 +1,8 @@
-"""Which row sits where: the bookkeeping that all layers share, and what follows from it for one step.
+"""Bookkeeping of slots and prefix places, which all layers share, and the arrays that follow from it for one step.
 
-A slot is a place for a row that is being decoded, a prefix place one for a prompt's keys and values, which all rows
-of its group read. What a slot decodes lies in columns of its own: column i has the token i places after the prompt's
-last. Which column is next follows from the step at which the row started. Rotary positions are applied before keys
-come here.
+A slot holds a row that is being decoded. A prefix place holds the keys and values of a prompt, which all rows of its
+group read. A slot's tokens lie in its own columns: column i has the token i places after the prompt's last token. The
+next column follows from the step at which the row started. Keys are rotated before they are stored.
 """
 
 from __future__ import annotations
@@ -18,24 +17,24 @@ import mlx.core as mx
 from grpo.backend.device import on_gpu
 
 WIDTHS = (2, 4, 8)
-"""Tokens that a wide step feeds each row: powers of two, because each is a trace of its own on a GPU."""
+"""Numbers of tokens that a wide step can feed each row. Only powers of two, because a GPU needs a trace for each."""
 WIDEST = WIDTHS[-1]
-"""The most tokens of a row that a step feeds."""
+"""The largest number of tokens that a step can feed each row."""
 
 
 def width_step() -> int:
-    """Stock operations read a multiple of so many columns.
+    """Stock operations read a multiple of this many columns.
 
-    A CPU takes time for each of them, and its sums are the same however many it reads, because its products have few
-    rows (`products.few_rows`); on an Intel processor that holds up to 384 columns, above which MKL adds up in parts. On
-    a GPU only 64 was measured.
+    On a CPU, each column takes time. The sums are the same whatever the number of columns, because the products have
+    few rows (`products.few_rows`); on an Intel processor this holds up to 384 columns, above which MKL sums in parts.
+    On a GPU, only 64 was measured.
     """
     return 64 if on_gpu() else 16
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How many slots with `columns` columns each, and how many prefix places of `prefix` columns."""
+    """The number of slots, with `columns` columns each, and of prefix places, with `prefix` columns each."""
 
     slots: int
     places: int
@@ -43,16 +42,16 @@ class Size:
     columns: int
 
     def covering(self, other: Size) -> Size:
-        """The smallest size that is at least either."""
+        """The smallest size that is at least as large as both."""
         return Size(*map(max, astuple(self), astuple(other)))
 
 
 class Slots:
     """The rows being decoded.
 
-    `starts` and `place_of` have one entry a slot: the step at which its row began, and the row's prefix place.
-    `lengths` has one entry a place: the tokens of the prompt there, without its last, which decoding feeds first.
-    A slot whose row has left goes on at every step, in its last column if need be; nobody reads what it computes.
+    `starts` and `place_of` have one entry per slot: the step at which its row began, and the row's prefix place.
+    `lengths` has one entry per place: the number of tokens of its prompt, without the last, which decoding feeds first.
+    A slot whose row has left keeps computing at every step, if necessary in its last column; the results are ignored.
     """
 
     def __init__(self, size: Size) -> None:
@@ -69,23 +68,23 @@ class Slots:
     ) -> None:
         """Let rows begin in slots at this step, each from a prefix place with a prompt of this length.
 
-        `fed` says how many columns of their own they bring.
+        `fed` is the number of columns that each row has filled already; default 0.
         """
-        for slot, place, length, own in zip(slots, places, lengths, fed or [0] * len(slots), strict=True):
-            self.starts[slot], self.place_of[slot], self.lengths[place] = self.step - own, place, length
+        for slot, place, length, filled in zip(slots, places, lengths, fed or [0] * len(slots), strict=True):
+            self.starts[slot], self.place_of[slot], self.lengths[place] = self.step - filled, place, length
         self._taken.update(slots)
         self._changed()
 
     def vacate(self, slot: int) -> None:
-        """The slot's row has left: its columns need not be read any more."""
+        """Mark a slot as empty: its columns need not be read any more."""
         self._taken.discard(slot)
 
     def own(self, slot: int) -> int:
-        """How many columns a slot's row has filled."""
+        """The number of columns that a slot's row has filled."""
         return self.step - self.starts[slot]
 
     def grow(self, size: Size) -> None:
-        """Take another size, larger in every way."""
+        """Grow to a size that is at least as large in all dimensions."""
         former, self.size = self.size, size
         self.lengths += [0] * (size.places - former.places)
         self.starts += [self.step] * (size.slots - former.slots)
@@ -93,7 +92,7 @@ class Slots:
         self._changed()
 
     def keep(self, kept: Sequence[int], places: Sequence[int]) -> None:
-        """Drop all slots and prefix places but these, which are numbered anew from 0."""
+        """Keep only these slots and prefix places, renumbered from 0."""
         renumbered = {place: number for number, place in enumerate(places)}
         self.size = replace(self.size, slots=len(kept), places=len(places))
         self.lengths = [self.lengths[place] for place in places]
@@ -103,11 +102,11 @@ class Slots:
         self._changed()
 
     def advance(self) -> None:
-        """Go on to the next step, with one more column filled in every slot."""
+        """Advance to the next step, with one more column filled in every slot."""
         self.step += 1
 
     def accept(self, kept: Sequence[int]) -> None:
-        """Go on to the next step, with so many more columns filled in each slot."""
+        """Advance to the next step, with `kept[slot]` more columns filled in each slot."""
         self.step += 1
         self.starts = [start + 1 - more for start, more in zip(self.starts, kept, strict=True)]
         self._device["starts"] = mx.array(self.starts, mx.int32)
@@ -118,11 +117,11 @@ class Slots:
         self._device = {name: mx.array(getattr(self, name), mx.int32) for name in names}
 
     def decoded(self) -> mx.array:
-        """How many columns each slot has filled, `[S]` int32."""
+        """The number of columns that each slot has filled, `[S]` int32."""
         return self.step - self._device["starts"]
 
     def view(self, fed: int = 1) -> View:
-        """The arrays of a step that feeds so many tokens to each slot."""
+        """The arrays of a step that feeds `fed` tokens to each slot."""
         filled = {self.own(slot) for slot in self._taken}
         place = self.place_of[0]
         first = RowPlace(place, self.lengths[place], self.own(0))
@@ -130,7 +129,7 @@ class Slots:
 
 
 class RowPlace(NamedTuple):
-    """Where a row is, as the host knows it: its prefix place, the tokens there, and the columns it has filled."""
+    """The place of a row, as host integers: its prefix place, the tokens there, and the columns that it has filled."""
 
     place: int
     length: int
@@ -138,7 +137,7 @@ class RowPlace(NamedTuple):
 
 
 class Where(NamedTuple):
-    """What a kernel needs to know at one step, int32: place_of `[S]`, lengths `[M]`, starts `[S]`, step `[1]`."""
+    """The arrays that a kernel needs at one step, int32: place_of `[S]`, lengths `[M]`, starts `[S]`, step `[1]`."""
 
     place_of: mx.array
     lengths: mx.array
@@ -147,15 +146,15 @@ class Where(NamedTuple):
 
     @property
     def where(self) -> Where:
-        """Itself, so that kernels take it as they take a `View`."""
+        """This object, so that kernels accept a `Where` or a `View`."""
         return self
 
 
 class View:
-    """What the layers need to know at a step that feeds W tokens to each of S slots.
+    """The arrays that layers need at a step that feeds W tokens to each of S slots.
 
-    `starts` and `place_of` `[S]`, `lengths` `[M]`, int32. Token j of a slot goes into the column behind the `decoded`
-    that the slot has filled and the j before it, and sees the columns up to its own.
+    `starts` and `place_of` `[S]`, `lengths` `[M]`, int32. Token j of a slot goes into column `decoded` + j, and sees
+    the columns up to its own.
     """
 
     def __init__(
@@ -170,15 +169,15 @@ class View:
         starts: mx.array,
         place_of: mx.array,
     ) -> None:
-        """`fed` is W; `filled` has the numbers of columns that rows in slots have filled."""
+        """`fed` is W; `filled` is the set of the numbers of columns that rows have filled."""
         self.step, self.fed, self.prefix, self.layout = step, fed, size.prefix, layout
         self.lengths, self.starts, self.place_of = lengths, starts, place_of
         self.first_row, self._last = first_row, size.columns - 1
         self.level = next(iter(filled)) if len(filled) == 1 else None
-        """The first column that this step fills, where all rows fill the same."""
+        """The first column that this step fills, if it is the same for all rows; otherwise None."""
         step = width_step()
         self.width = min(size.columns, -(-(max(filled, default=0) + fed) // step) * step)
-        """How many columns rows see at most, rounded up."""
+        """The number of columns that the step reads: what the longest row sees, rounded up."""
         self._rotation: tuple[mx.array, mx.array] | None = None
         self._own: dict[int, mx.array] = {}
 
@@ -188,17 +187,17 @@ class View:
 
     @cached_property
     def decoded(self) -> mx.array:
-        """How many columns each slot has filled before this step."""
+        """The number of columns that each slot has filled before this step, `[S]`."""
         return self.step - self.starts
 
     @cached_property
     def positions(self) -> mx.array:
-        """The rotary position of each slot's first token of this step."""
+        """The rotary position of each slot's first token in this step, `[S]`."""
         return self.lengths[self.place_of] + self.decoded
 
     @cached_property
     def columns(self) -> mx.array:
-        """Where this step's keys and values go: `[S, W]`. A slot whose row has left may be at its end."""
+        """The columns for this step's keys and values: `[S, W]`. A slot without a row may be at its last column."""
         return mx.minimum(self.decoded[:, None] + mx.arange(self.fed), self._last)
 
     def rotation(self, frequencies: mx.array) -> tuple[mx.array, mx.array]:
@@ -210,7 +209,7 @@ class View:
         return self._rotation
 
     def own(self, repeats: int) -> mx.array:
-        """Which columns each token sees, each token so many times in turn: `[S, 1, W · repeats, 1, width]`."""
+        """The mask of the columns that each token sees, each token `repeats` times: `[S, 1, W · repeats, 1, width]`."""
         if repeats not in self._own:
             last = self.decoded[:, None] + mx.arange(self.fed)
             last = mx.repeat(last, repeats, axis=1) if repeats > 1 else last
@@ -219,16 +218,16 @@ class View:
 
     @cached_property
     def prompt(self) -> mx.array:
-        """Which columns of its prefix place the prompt of each slot fills: `[S, 1, 1, 1, prefix]`."""
+        """The mask of the prefix columns that each slot's prompt fills: `[S, 1, 1, 1, prefix]`."""
         lengths = self.lengths[self.place_of]
         return (mx.arange(self.prefix)[None] < lengths[:, None])[:, None, None, None]
 
 
 class Layout:
-    """Slots sorted by prefix place into a grid `[M, G]`, so that a group's rows meet their prompt in one product.
+    """Slots sorted by prefix place into a grid `[M, G]`, so that one product covers a group's rows and their prompt.
 
-    `grid` `[M · G]` is a slot for each cell (0 in cells that stay empty), `cells` `[S]` the cell of each slot. Both are
-    None where the slots lie in that order already, as they do when all groups began together.
+    `grid` `[M · G]` is the slot of each cell (0 in empty cells), `cells` `[S]` the cell of each slot. Both are None if
+    the slots are in this order already, as when all groups begin together.
     """
 
     def __init__(self, place_of: Sequence[int], places: int) -> None:

@@ -1,4 +1,4 @@
-"""Speculation: several tokens of a row are guessed, fed together, and kept as far as the draws equal the guesses."""
+"""Speculation: a step feeds each row several draft tokens, and keeps them as long as the draws equal the drafts."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from grpo.generation.rows import Row
 
 
 class Speculation(Protocol):
-    """What decides how many tokens a step feeds, and drafts them. S slots."""
+    """Decides how many tokens a step feeds each row, and drafts these tokens. `rows` has the row of each of S slots."""
 
     most: int
-    """Tokens that a step may feed a row at the most: as many as there is memory for."""
+    """The largest number of tokens that a step may feed a row: limited by memory."""
 
     def width(self, rows: Sequence[Row | None]) -> int:
-        """How many tokens to feed each row at the next step: 1 for a plain step. Asked at every step."""
+        """The number of tokens to feed each row at the next step: 1 for a plain step. Called once per step."""
         ...
 
     def propose(self, rows: Sequence[Row | None], width: int) -> list[list[int]]:
-        """For each slot, up to `width - 1` tokens that may follow the row's last."""
+        """For each slot, up to `width - 1` tokens that may follow the row's last token."""
         ...
 
     def stepped(self, rows: Sequence[Row | None], width: int, taken: Sequence[int], seconds: float) -> None:
-        """A step of this width was read: how many tokens each slot took (0 without a row), and the time it took."""
+        """Report a step of this width: the number of tokens that each slot accepted (0 without a row), and its time."""
         ...
 
     def ended(self, row: Row) -> None:
-        """A row's turn has ended: its tokens may be drafts later."""
+        """Report that a row's turn has ended: its tokens may become drafts later."""
         ...

@@ -1,4 +1,4 @@
-"""How long steps take: by the slots, by the tokens that they feed each row, and by what they compute of them."""
+"""The times of steps, by kind of step and by width: the number of tokens that they feed each row."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import NamedTuple
 from grpo.generation.rows import Row
 
 SAMPLES = 3
-"""Measured steps without which nothing is known of a width."""
+"""Minimum number of measured steps before the time of a width counts as known."""
 RETRY = 1024
-"""Steps after which the time of a wide step is no longer believed."""
+"""Number of steps after which the time of a width is out of date."""
 
 
 class StepKind(NamedTuple):
-    """What steps are alike: greedy or not, with logprobs or not, and the number of slots, by powers of two."""
+    """Steps of one kind have similar times: greedy or not, with or without logprobs, slots up to a power of two."""
 
     greedy: bool
     logprobs: bool
@@ -25,7 +25,7 @@ class StepKind(NamedTuple):
 
     @classmethod
     def of(cls, rows: Sequence[Row | None]) -> StepKind | None:
-        """The case of the rows in slots; None without any."""
+        """The kind of a step with these rows in the slots; None if there are no rows."""
         row = next(filter(None, rows), None)
         if row is None:
             return None
@@ -43,19 +43,19 @@ class _Times:
 
 
 class StepTimes:
-    """The median time of the newest steps, by case and width.
+    """The median time of the newest steps, by kind and width.
 
-    Those of wide steps are in plain steps of the same time, because machines change their speed.
-    A step after one of another width is not counted: it may build kernels, and it comes out of step with the device.
+    The time of a wide step is measured in plain steps at that moment, because machines change their speed. A step after
+    a step of another width is not counted: it may build kernels, and the host is not yet in step with the device.
     """
 
     def __init__(self) -> None:
         self.steps = 0
         self._times: dict[tuple[StepKind, int], _Times] = {}
-        self._last: dict[tuple[StepKind, int], int] = {}  # the width of the step before, by case and number of slots
+        self._last: dict[tuple[StepKind, int], int] = {}  # the width of the last step, by kind and number of slots
 
     def add(self, case: StepKind, slots: int, width: int, seconds: float) -> None:
-        """Count a step."""
+        """Add the time of a step."""
         self.steps += 1
         plain = 1.0 if width == 1 else self.plain(case)
         if self._last.get((case, slots)) == width and plain is not None:
@@ -67,15 +67,15 @@ class StepTimes:
         self._last[case, slots] = width
 
     def plain(self, case: StepKind) -> float | None:
-        """Seconds of a plain step, if they are known."""
+        """Seconds per plain step; None if not known."""
         times = self._times.get((case, 1))
         return times.known if times is not None else None
 
     def plain_age(self, case: StepKind) -> int:
-        """Steps since a plain one was timed."""
+        """The number of steps since a plain step was timed."""
         return self.steps - self._times[case, 1].at
 
     def cost(self, case: StepKind, width: int) -> float | None:
-        """The time of a wide step, measured in plain ones. None if it was not measured of late."""
+        """The time of a wide step, in plain steps. None if it was not measured recently."""
         times = self._times.get((case, width))
         return times.known if times is not None and self.steps - times.at <= RETRY else None

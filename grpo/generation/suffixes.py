@@ -1,7 +1,7 @@
-"""A suffix automaton of token sequences: where has this been said before, and what mostly came next?
+"""A suffix automaton of token sequences: finds earlier occurrences of a context, and the tokens that followed most.
 
-The online construction is Blumer et al.'s (1985), for several sequences that grow at the same time. Drafts from such
-an index of earlier outputs: SuffixDecoding (arXiv 2411.04975); of earlier rollouts of a policy: DAS (arXiv 2511.13841).
+The online construction is by Blumer et al. (1985), here for several sequences that grow at the same time. Drafts from
+such an index of earlier outputs: SuffixDecoding (arXiv 2411.04975); of a policy's rollouts: DAS (arXiv 2511.13841).
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 COUNTED = 8
-"""Contexts of a token, from the longest down, in which it is counted. All would be as many as there are tokens."""
+"""A token is counted in this many of its contexts, from the longest down. It has as many contexts as there are tokens
+before it, too many to count in all of them."""
 ROOT = 0
-"""The state behind nothing."""
+"""The state of the empty context."""
 
 
 class SuffixAutomaton:
-    """Sequences of tokens, and for each context in them how often each token came behind it.
+    """Sequences of tokens, and for each context in them how often each token followed.
 
-    A state stands for contexts that always end at the same places. A sequence is known by its state: begin at `ROOT`,
-    or at the state of another sequence to branch off there. States are numbers and rows of lists, since Python's
-    garbage collector does not look into dicts of numbers.
+    A state stands for the contexts that always end at the same places. A state also identifies a sequence: begin at
+    `ROOT`, or at the state of another sequence to branch off from it. States are integers that index lists, because
+    Python's garbage collector does not traverse dicts of integers.
     """
 
     def __init__(self) -> None:
@@ -27,7 +28,7 @@ class SuffixAutomaton:
         self._link, self._length, self._count = [-1], [0], [0]
 
     def __len__(self) -> int:
-        """The number of states: at most two for each token."""
+        """The number of states: at most two per token."""
         return len(self._link)
 
     def extend(self, state: int, tokens: Iterable[int]) -> int:
@@ -44,7 +45,7 @@ class SuffixAutomaton:
         return state
 
     def follow(self, state: int, tokens: Iterable[int]) -> int:
-        """The state behind a sequence and more tokens, which are not taken in: of the longest context that is known."""
+        """The state after a sequence and more tokens, without adding these: that of the longest known context."""
         following, link = self._next, self._link
         for token in tokens:
             while state != ROOT and token not in following[state]:
@@ -55,8 +56,8 @@ class SuffixAutomaton:
     def likely(self, state: int, most: int) -> list[int]:
         """Up to `most` tokens that may follow a sequence.
 
-        Each is the token seen most often behind the longest context that was seen with a token behind it; of equally
-        frequent tokens the newest. Behind an empty context nothing is guessed.
+        Each is the most frequent token after the longest context that had a next token; of equally frequent tokens, the
+        newest. After an empty context, there is no guess.
         """
         following, link, count = self._next, self._link, self._count
         tokens: list[int] = []
@@ -65,18 +66,18 @@ class SuffixAutomaton:
                 state = link[state]
             if state == ROOT:
                 break
-            behind = following[state]
-            if len(behind) == 1:
-                ((token, state),) = behind.items()
+            candidates = following[state]
+            if len(candidates) == 1:
+                ((token, state),) = candidates.items()
             else:
-                token, state = max(reversed(behind.items()), key=lambda item: count[item[1]])
+                token, state = max(reversed(candidates.items()), key=lambda item: count[item[1]])
             tokens.append(token)
         return tokens
 
     def _append(self, last: int, token: int) -> int:
         following, length = self._next, self._length
         known = following[last].get(token)
-        if known is not None:  # another sequence has come this way
+        if known is not None:  # another sequence has the same context and token
             return known if length[known] == length[last] + 1 else self._split(last, token, known)
         state = self._new({}, length[last] + 1, ROOT, 0)
         at = last
@@ -90,13 +91,13 @@ class SuffixAutomaton:
         return state
 
     def _split(self, at: int, token: int, state: int) -> int:
-        """Give the shorter contexts of `state`, those that go through `at`, a state of their own."""
-        own = self._new(dict(self._next[state]), self._length[at] + 1, self._link[state], self._count[state])
-        self._link[state] = own
+        """Split off the shorter contexts of `state`, those that go through `at`, into a new state."""
+        split = self._new(dict(self._next[state]), self._length[at] + 1, self._link[state], self._count[state])
+        self._link[state] = split
         while at >= ROOT and self._next[at].get(token) == state:
-            self._next[at][token] = own
+            self._next[at][token] = split
             at = self._link[at]
-        return own
+        return split
 
     def _new(self, following: dict[int, int], length: int, link: int, count: int) -> int:
         self._next.append(following)

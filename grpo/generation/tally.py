@@ -1,4 +1,4 @@
-"""What speculation did, for metrics."""
+"""Counts what speculation does, for metrics."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass, fields
 
 @dataclass(slots=True)
 class DraftTally:
-    """Sums over the steps so far, which can be added up over processes. A turn is one step of one row."""
+    """Sums over the steps so far, which can be summed over processes. A turn is one step of one row."""
 
     turns: float = 0.0
     fed: float = 0.0
     wide_turns: float = 0.0
     wide_tokens: float = 0.0
     untimed: float = 0.0
-    """Wide turns of which nobody knows what plain decoding would have taken."""
+    """Wide turns for which the time of plain decoding is not known."""
     seconds: float = 0.0
     plain_seconds: float = 0.0
-    """What plain decoding would have taken for the same tokens."""
+    """Estimated time of plain decoding for the same tokens."""
 
     def add(self, width: int, rows: int, taken: int, seconds: float, plain: float | None = None) -> None:
-        """Count a step. `plain` is the time of a plain step, if it is known."""
+        """Add a step. `plain` is the time of a plain step, if it is known."""
         if not rows:
             return
         self.turns += rows
@@ -38,13 +38,13 @@ class DraftTally:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def clear(self) -> None:
-        """Begin again."""
+        """Set all sums to zero."""
         for field in fields(self):
             setattr(self, field.name, 0.0)
 
 
 def speculation_metrics(counts: Mapping[str, float]) -> dict[str, float]:
-    """A step's metrics, from the sums of all processes. None where nothing was decoded."""
+    """A training step's metrics, from the sums of all processes. Empty if no row was decoded."""
     sums = DraftTally(**counts)
     if not sums.turns:
         return {}

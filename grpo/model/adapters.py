@@ -1,9 +1,8 @@
-"""What trains, and its states by name.
+"""The trained arrays of a model, and their named states.
 
-A state is the arrays of everything that trains: the LoRA or DoRA layers', or the weights themselves. Switching swaps
-arrays in the modules, which costs microseconds and holds under `mx.compile` too, as long as the model's state is an
-input of the compiled function. (The `scale` of a layer is a constant of the trace: setting it to 0 would be silently
-ignored.)
+A state holds all trained arrays: those of the LoRA or DoRA layers, or the weights themselves. Switching states swaps
+arrays in the modules, which takes microseconds. It works under `mx.compile` too, if the model's state is an input of
+the compiled function. (A layer's `scale` is a constant of the trace: setting it to 0 would be silently ignored.)
 """
 
 from __future__ import annotations
@@ -38,20 +37,21 @@ from grpo.model.shards import Shards
 AdapterState = Mapping[str, mx.array]
 
 Snapshot = tuple[str, AdapterState, Mapping[str, AdapterState]]
-"""Which state is active, its arrays, and the others by name."""
+"""The active state's name, its arrays, and the other states by name."""
 
 POLICY, REFERENCE, TEACHER, JUDGE = "policy", "reference", "teacher", "judge"
 EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
 LINEAR = (nn.Linear, nn.QuantizedLinear, *EXPERTS)
 ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
-"""What chooses a token's experts, by its path in a block that has some. In many models it is no linear layer at all."""
+"""Path, in a block with experts, of the module that chooses a token's experts. In many models it is not a linear layer.
+"""
 
 
 class Adapters:
-    """What trains in a model, and its named states: `policy`, which trains, `reference`, and any that are added.
+    """The trained arrays of a model, and their named states: `policy`, which trains, `reference`, and any added states.
 
-    One state is active: its arrays are the ones in the model. Where several processes hold the model together, arrays
-    here are this process's parts (`shards`), and files have the whole.
+    One state is active: its arrays are in the model. If several processes share the model, the arrays here are this
+    process's parts (`shards`), and files contain whole arrays.
     """
 
     shards = Shards()
@@ -64,18 +64,18 @@ class Adapters:
         reference: bool = True,
         ranks: Ranks | None = None,
     ) -> None:
-        """Make `model` (in place) one that trains as `cfg` says and computes what it did: A drawn with `key`, B zero.
+        """Make `model` trainable in place, as `cfg` says, with unchanged outputs: A is drawn with `key`, B is zero.
 
-        The reference is the model as it is. With `cfg.path` that adapter is the policy, and a frozen copy of it the
-        reference. Where whole weights train, a reference is a second copy of them: it is kept only if `reference`.
-        `ranks` are the processes that hold the model together.
-        Raises UserError if a target is not a linear layer of the model, or where the saved adapter does not fit.
+        The reference is the unchanged model. With `cfg.path`, the saved adapter is the policy, and a frozen copy of it
+        is the reference. In full training, the reference is a second copy of the weights: it is kept only if
+        `reference` is set. `ranks` are the processes that share the model.
+        Raises UserError if a target is not a linear layer of the model, or if the saved adapter does not fit.
         """
         self.model = model
         self._settings = cfg
         self.config = make_trainable(model, cfg, key, ranks)
         self.shards = Shards(model, ranks)
-        materialize(model.trainable_parameters())  # a magnitude is made of a whole matrix
+        materialize(model.trainable_parameters())  # a magnitude is computed from a whole matrix
         mx.eval(model.state)
         self.active = POLICY
         self._slots = _slots(model)
@@ -88,71 +88,71 @@ class Adapters:
 
     @property
     def names(self) -> list[str]:
-        """The states there are."""
+        """The names of all states, the active one first."""
         return [self.active, *self._parked]
 
     def state(self, name: str | None = None) -> dict[str, mx.array]:
-        """The arrays of a state, by their path in the model; of the active one unless named."""
+        """The arrays of a state by their path in the model. `name` defaults to the active state."""
         if name is None or name == self.active:
             return {path: holder[key] for path, (holder, key) in self._slots.items()}
         return dict(self._parked[name])
 
     def load_state(self, state: AdapterState) -> None:
-        """Replace arrays of the active state: all of them, or those that are given.
+        """Replace the given arrays of the active state.
 
-        Raises ValueError, with nothing replaced, for arrays that the model does not have.
+        Raises ValueError, and replaces nothing, if the model does not train one of these arrays.
         """
         if unknown := sorted(set(state) - set(self._slots)):
-            raise ValueError(f"the model trains no {unknown[0]}")
+            raise ValueError(f"the model has no trained array {unknown[0]}")
         for path, array in state.items():
             holder, key = self._slots[path]
             holder[key] = array
 
     def snapshot(self) -> Snapshot:
-        """All states as they are, for `restore`: as long as it is held, so are their arrays."""
+        """All present states, for `restore`. A snapshot keeps their arrays in memory."""
         return self.active, self.state(), dict(self._parked)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Be what a snapshot was taken of, even where a switch, or a gradient's trace, was left in its middle."""
+        """Restore the states of a snapshot, even after an error inside `use` or while a gradient was traced."""
         self.active, state, parked = snapshot
         self._parked = dict(parked)
         self.load_state(state)
 
     def add(self, name: str, state: AdapterState) -> None:
-        """Keep a state under a name; one of that name that is not active is replaced.
+        """Store a state under a name. An inactive state of this name is replaced.
 
-        Raises ValueError for the active one, and for arrays that are not those that train: switching to half a state
-        would mix it with another.
+        Raises ValueError for the active state's name, and if the arrays are not exactly the trained ones: switching to
+        half a state would mix it with another.
         """
         if name == self.active:
             raise ValueError(f"{name} is active")
         if odd := sorted(set(state) ^ set(self._slots)):
-            raise ValueError(f"{name} does not have the arrays that train: {odd[0]} is in one of them alone")
+            raise ValueError(f"{name} does not have exactly the arrays that train: {odd[0]} is in only one of the two")
         self._parked[name] = dict(state)
 
     def copy(self, name: str, new: str) -> None:
-        """Keep a frozen copy of a state. It shares memory with it until one of them changes."""
+        """Store a frozen copy of a state. The two share memory until one of them changes."""
         self.add(new, self.state(name))
 
     def drop(self, name: str) -> None:
-        """Forget a state that is not active."""
+        """Delete an inactive state."""
         del self._parked[name]
 
     def mix(self, name: str, other: str, alpha: float) -> None:
-        """Make the parked state `name` alpha × `other` + (1 - alpha) × itself, array by array."""
+        """Replace the inactive state `name` by alpha × `other` + (1 - alpha) × itself, array by array."""
         target = self.state(other)
         mixed = {path: alpha * target[path] + (1 - alpha) * array for path, array in self._parked[name].items()}
         mx.eval(mixed)
         self._parked[name] = mixed
 
     def sync_reference(self, cfg: AdapterConfig, step: int) -> None:
-        """Move the reference towards the policy if `step` is one at which it is due (TR-DPO, arXiv 2404.09656)."""
+        """Move the reference towards the policy every `cfg.sync_reference_every` steps (TR-DPO, arXiv 2404.09656)."""
         if cfg.sync_reference_every is not None and step % cfg.sync_reference_every == 0:
             self.mix(REFERENCE, POLICY, cfg.ref_model_mixup_alpha)
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
-        """Make another state active inside the block, and the former one again after it, come what may."""
+        """Make another state active inside the block. The former state is restored after it, also after an error."""
         if name == self.active:
             yield
             return
@@ -170,20 +170,20 @@ class Adapters:
         self.active = name
 
     def merge(self) -> nn.Module:
-        """Put the active state into the weights for good and take the adapter's layers out. Returns the model.
+        """Merge the active state into the weights and remove the adapter's layers. Returns the model.
 
-        Quantised layers are quantised again, as mlx-lm's `fuse` does. No states are left.
+        Quantized layers are quantized again, as in mlx-lm's `fuse`. All states are deleted.
         """
         materialize(merge(self.model).parameters())
         self._slots, self._parked, self._start = {}, {}, {}
         return self.model
 
     def delta(self) -> float | None:
-        """How far the weights are from where the run began, as a norm over all layers: 0 at first.
+        """Distance of the weights from those at the run's start, as a norm over all layers: 0 at first.
 
-        For LoRA of `scale · (B A - B₀ A₀)`, what the adapter adds to the model's weights less what it added at first: 0
-        unless it was a saved one. Where weights train themselves, and for the magnitudes of a fresh DoRA, of their
-        difference from the reference; None where there is none.
+        For LoRA, the norm of `scale · (B A - B₀ A₀)`, where B₀ A₀ is 0 unless the run began with a saved adapter. For
+        full training and DoRA's magnitudes, the norm of their difference from the start: the saved adapter, or else
+        the reference. None without a reference.
         """
         if REFERENCE not in self.names:
             return None
@@ -191,13 +191,13 @@ class Adapters:
         return distance(self.state(), self._start or self.state(REFERENCE), bool(self._start), scale, self.shards)
 
     def whole_state(self, name: str | None = None) -> dict[str, mx.array]:
-        """A state with whole arrays. Where the model is divided, all of its processes must ask."""
+        """A state with whole arrays. If several processes share the model, all of them must call this."""
         return self.shards.whole(self.state(name))
 
     def save(self, folder: Path, state: AdapterState | None = None) -> None:
-        """Write the policy's state as mlx-lm reads it (`mlx_lm.generate --adapter-path`).
+        """Write the policy's state in mlx-lm's format (`mlx_lm.generate --adapter-path`).
 
-        `state` is its `whole_state`, where that has been asked for already.
+        `state` is the policy's `whole_state`, if the caller already has it.
         """
         assert self.active == POLICY
         mx.save_safetensors(str(folder / WEIGHTS), dict(state or self.whole_state()))
@@ -208,31 +208,31 @@ class Adapters:
         assert self.active == POLICY
         self.load_state(self.read(folder))
 
-    def read(self, folder: Path, purpose: str = "go on from it") -> AdapterState:
-        """A saved adapter, in mlx-lm's format or PEFT's, as a state. `purpose` says in errors what it is wanted for.
+    def read(self, folder: Path, purpose: str = "continue from it") -> AdapterState:
+        """Read a saved adapter, in mlx-lm's format or PEFT's, as a state. Error messages name the `purpose`.
 
-        Raises UserError if it does not fit the model, or was multiplied by another scale.
+        Raises UserError if the adapter does not fit the model, or was trained with another scale.
         """
         saved, mine = read_adapter(folder), self.state()
         arrays = saved.fitted(mine)
         shapes = {path: self.shards.shape(path, array) for path, array in mine.items()}
         if {path: array.shape for path, array in arrays.items()} != shapes:
             cfg = self._settings
-            odd = f"is of type {saved.kind}, and adapter.type is {cfg.type}"
+            odd = f"is of type {saved.kind}, but adapter.type is {cfg.type}"
             why = odd if saved.kind != cfg.type else "has other layers or another rank than this recipe's adapter"
             section = _as_section(saved.section(len(self.model.layers)), cfg)
-            raise UserError(f"adapter {folder}: {why}. To {purpose}, a recipe says {section}")
+            raise UserError(f"adapter {folder}: {why}. To {purpose}, set this in the recipe: {section}")
         ours = self.config.get("lora_parameters", {}).get("scale")
         if ours is not None and saved.scale is not None and not math.isclose(saved.scale, ours, rel_tol=1e-6):
             raise UserError(
-                f"adapter {folder}: was trained with B A times {saved.scale:g}, and this recipe multiplies it by "
-                f"{ours:g}: set adapter.scale to {saved.scale * self._settings.scale / ours:g}"
+                f"adapter {folder}: was trained with B A multiplied by {saved.scale:g}, but this recipe multiplies it "
+                f"by {ours:g}: set adapter.scale to {saved.scale * self._settings.scale / ours:g}"
             )
         return {path: array.astype(mine[path].dtype) for path, array in self.shards.part(arrays).items()}
 
 
 class NoAdapters(Adapters):
-    """Those of a model in which nothing trains: its only state has no arrays."""
+    """The adapters of a model that does not train. Its only state has no arrays."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.active, self.config = model, POLICY, {}
@@ -240,36 +240,35 @@ class NoAdapters(Adapters):
 
 
 def _as_section(section: Mapping[str, Any], cfg: AdapterConfig) -> str:
-    """A recipe's `adapter` section on one line, without what is unknown, or what defaults and `cfg` say, too."""
+    """A recipe's `adapter` section on one line, without unknown values, and without defaults that `cfg` has too."""
     defaults = {"layers": "all", "use_rslora": False, "type": "lora"}
-    told = {
+    shown = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in section.items()
         if value is not None and not (name in defaults and defaults[name] == value == getattr(cfg, name))
     }
-    return f"adapter: {json.dumps(told)}".replace('"', "")
+    return f"adapter: {json.dumps(shown)}".replace('"', "")
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Put a saved adapter, in mlx-lm's format or PEFT's, into `model`. Raises UserError where it does not fit."""
-    saved = read_adapter(folder)  # refuses what no model should be given
+    """Add a saved adapter, in mlx-lm's format or PEFT's, to `model`. Raises UserError if it does not fit."""
+    saved = read_adapter(folder)  # raises for a damaged or unsupported adapter
     try:
         _add_saved(model, saved)
-    except Exception as error:  # whatever a file that is not what it should be makes the loader raise
-        why = f"it wants an adapter as mlx-lm writes them: {one_line(error)}"
-        raise UserError(f"adapter {folder}: cannot be loaded; {why}") from error
-    model.eval()  # mlx-lm's layers come with dropout on
+    except Exception as error:  # a malformed file can make the loader raise anything
+        raise UserError(f"adapter {folder}: cannot be loaded into this model: {one_line(error)}") from error
+    model.eval()  # new layers of mlx-lm are in training mode, with dropout
 
 
 def _add_saved(model: nn.Module, saved: SavedAdapter) -> None:
-    """Add exactly those layers that a saved adapter has arrays for, as training computes them, with these arrays.
+    """Add exactly the layers that a saved adapter has arrays for, in the form used for training, with these arrays.
 
-    Whole weights take the place of the model's. Raises ValueError for what the model has not.
+    Saved whole weights replace the model's. Raises ValueError for an array that the model does not have.
     """
     arrays = saved.fitted(_places(model, saved.kind))
     if saved.kind != "full":
         if saved.rank is None:
-            raise ValueError(f"there is no {CONFIG}, which says rank and scale")
+            raise ValueError(f"the folder has no {CONFIG}, which contains the rank and scale")
         keys = {path.rpartition(".")[0] for path in arrays}
         parameters = {"rank": saved.rank, "scale": saved.scale, "dropout": 0.0, "keys": keys}
         linear_to_lora_layers(model, 0, parameters, use_dora=saved.kind == "dora")
@@ -282,31 +281,32 @@ def _add_saved(model: nn.Module, saved: SavedAdapter) -> None:
 
 
 def _places(model: nn.Module, kind: str) -> set[str]:
-    """The paths of all arrays that a saved adapter of this kind may have."""
+    """The paths of all arrays that a saved adapter of this kind may contain."""
     if kind == "full":
         return {path for path, _ in tree_flatten(model.parameters())}
     return {f"{path}.{part}" for path, _ in model.named_modules() for part in ("lora_a", "lora_b", "m")}
 
 
 def linear_layers(model: nn.Module) -> list[str]:
-    """The linear layers of the model's blocks by their path in a block, in order and once each."""
+    """The paths, inside a block, of the linear layers of all blocks: sorted, without duplicates."""
     paths = [path for block in model.layers for path, module in block.named_modules() if isinstance(module, LINEAR)]
     return list(dict.fromkeys(sorted(paths)))
 
 
 def routers(model: nn.Module) -> set[str]:
-    """Those linear layers that choose experts: not trained unless named, so that what is sampled goes where it went."""
+    """The paths, inside a block, of modules that choose experts. They train only if a target names them, so that
+    sampled tokens keep their experts."""
     blocks = [dict(block.named_modules()) for block in model.layers]
     sparse = [block for block in blocks if any(isinstance(module, EXPERTS) for module in block.values())]
     return {path for block in sparse for path in block if ROUTER.search(path)}
 
 
 def _mlx_lm_config(model: nn.Module, cfg: AdapterConfig) -> dict[str, Any]:
-    """What mlx-lm's `adapter_config.json` says."""
+    """The contents of mlx-lm's `adapter_config.json`."""
     depth = len(model.layers)
     first, last = (0, depth) if cfg.layers == "all" else cfg.layers
     if last > depth:
-        raise UserError(f"adapter.layers: up to block {last}, and this model has {depth}")
+        raise UserError(f"adapter.layers: the last block is {last}, but this model has {depth} blocks")
     config: dict[str, Any] = {"fine_tune_type": cfg.type, "num_layers": depth}
     if cfg.type == "full":
         return config
@@ -316,7 +316,7 @@ def _mlx_lm_config(model: nn.Module, cfg: AdapterConfig) -> dict[str, Any]:
         keys = [key for key in there if key not in left_out]
     else:
         keys = list(dict.fromkeys(path for name in cfg.targets for path in _named(name, there)))
-    if cfg.layers != "all":  # mlx-lm can only count blocks from the last, but takes whole paths
+    if cfg.layers != "all":  # mlx-lm counts blocks only from the last, but accepts whole paths
         blocks = {id(block) for block in model.layers[first:last]}
         prefixes = [path for path, module in model.named_modules() if id(module) in blocks]
         keys = [f"{prefix}.{key}" for prefix in prefixes for key in keys]
@@ -325,9 +325,9 @@ def _mlx_lm_config(model: nn.Module, cfg: AdapterConfig) -> dict[str, Any]:
 
 
 def _named(name: str, there: Sequence[str]) -> list[str]:
-    """The layers that a target means: the layer of that path in a block, or every layer whose path ends with it.
+    """The layers that a target means: the layer with this path in a block, or else every layer whose path ends with it.
 
-    `q_proj` is `self_attn.q_proj`, as in PEFT. Raises UserError where there is no such layer.
+    As in PEFT, `q_proj` means `self_attn.q_proj`. Raises UserError if there is no such layer.
     """
     found = [name] if name in there else [path for path in there if path.endswith(f".{name}")]
     if not found:
@@ -338,7 +338,7 @@ def _named(name: str, there: Sequence[str]) -> list[str]:
 
 
 def _slots(model: nn.Module) -> dict[str, tuple[dict[str, mx.array], str]]:
-    """Where each array that trains is held, by its path: to look for it at every switch would take milliseconds."""
+    """The holder and key of each trained array, by path. Looking them up at every switch would take milliseconds."""
     held = {}
     for path, _ in tree_flatten(model.trainable_parameters()):
         *parents, key = path.split(".")
@@ -350,9 +350,9 @@ def _slots(model: nn.Module) -> dict[str, tuple[dict[str, mx.array], str]]:
 
 
 def make_trainable(model: nn.Module, cfg: AdapterConfig, key: mx.array, ranks: Ranks | None = None) -> dict[str, Any]:
-    """Give the model (in place) what trains, with nothing evaluated; returns what mlx-lm's `adapter_config.json` says.
+    """Make the model trainable, in place, unevaluated. Returns the contents of mlx-lm's `adapter_config.json`.
 
-    `ranks` are the processes that hold the model together: each has its part of what one process would draw.
+    `ranks` are the processes that share the model: each gets its part of the arrays that one process would draw.
     Raises UserError if a target is not a linear layer of the model.
     """
     config = _mlx_lm_config(model, cfg)
@@ -365,9 +365,9 @@ def make_trainable(model: nn.Module, cfg: AdapterConfig, key: mx.array, ranks: R
 
 
 def _unfreeze(model: nn.Module, cfg: AdapterConfig) -> None:
-    """Every weight trains, or those of the chosen blocks. Raises UserError for a quantised model."""
+    """Make all weights trainable, or those of the chosen blocks. Raises UserError for a quantized model."""
     if any(hasattr(module, "bits") for module in model.modules()):
-        raise UserError("adapter.type: full: quantised weights cannot be trained; use lora or dora")
+        raise UserError("adapter.type: full: quantized weights cannot be trained; use lora or dora")
     for part in [model] if cfg.layers == "all" else model.layers[slice(*cfg.layers)]:
         part.unfreeze()
 
@@ -376,8 +376,8 @@ def _add_layers(model: nn.Module, config: dict[str, Any], key: mx.array, ranks: 
     dora = config["fine_tune_type"] == "dora"
     try:
         linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"], use_dora=dora)
-    except ValueError as error:  # experts have no DoRA
-        why = f"{one_line(error)} Take lora, or name adapter.targets without it"
+    except ValueError as error:  # mlx-lm has no DoRA for experts
+        why = f"{one_line(error)} Use lora, or set adapter.targets without this layer"
         raise UserError(f"adapter.type: {config['fine_tune_type']}: {why}") from None
     fold(model)
     fold_magnitudes(model)
@@ -387,12 +387,12 @@ def _add_layers(model: nn.Module, config: dict[str, Any], key: mx.array, ranks: 
     keys, dtype = mx.random.split(key, len(fresh)), dtype_of(model)
     shards = Shards(model, ranks)
     drawn = [(path, _redraw(path, array, k, shards)) for (path, array), k in zip(fresh, keys, strict=True)]
-    # In the model's dtype, or every layer's inputs would be made float32 to meet them; the optimizer keeps float32.
+    # In float32, A and B would cast every layer's inputs to float32. The optimizer keeps a float32 copy.
     model.update(tree_unflatten([(path, a.astype(dtype) if "lora_" in path else a) for path, a in drawn]))
 
 
 def _redraw(path: str, array: mx.array, key: mx.array, shards: Shards) -> mx.array:
-    """A layer's A again, uniform in ± 1/√d as mlx-lm draws it, but from a key and not from global state."""
+    """Draw a layer's A from `key` instead of MLX's global state, uniform in ± 1/√d as in mlx-lm."""
     if not path.endswith("lora_a"):
         return array
     shape = shards.shape(path, array)

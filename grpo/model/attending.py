@@ -1,9 +1,9 @@
-"""Who computes a model's attention, in the place of mlx-lm's.
+"""Replaces mlx-lm's attention function temporarily.
 
-All of mlx-lm's models call one function, by the name under which their file has imported it. Here another function
-takes its place for a while: it asks the layer's cache, if that has a method `attend`; while hidden states are computed
-for training it attends in tiles (`grpo.model.attention`); and in all other cases it calls mlx-lm's. The activation of
-gated layers (`swiglu`) is replaced in the same way on a CPU.
+All of mlx-lm's models call the same function, under the name that their module imported. Inside a block, a function of
+grpo replaces it. It calls the layer cache's `attend`, if the cache has that method; it attends in tiles
+(`grpo.model.attention`) while hidden states are computed for training; in all other cases it calls mlx-lm's function.
+On a CPU, the activation of gated layers (`swiglu`) is replaced in the same way.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ from grpo.model.attention import attention
 from grpo.model.sight import Causal, Masked, Sight
 
 CUDA_MULTIPLE, CUDA_WIDEST = 128, 128
-"""MLX's fused attention on CUDA has a backward pass for queries of a multiple of so many tokens, and for heads as wide
-as this at most."""
+"""MLX's fused attention on CUDA has a backward pass if the number of query tokens is a multiple of the first number and
+heads are at most as wide as the second."""
 CUDA_QUERIES = 2**27
-"""Numbers in the queries of one call of that, at most. Its backward pass has a workspace of some eight bytes for each,
-and MLX 0.32 counts its bytes in 32 bits: from 2 GiB on it asks for memory that no card has."""
+"""Most numbers in the queries of one call of MLX's fused attention. Its backward pass needs a workspace of about eight
+bytes per number, and MLX 0.32 counts these bytes in 32 bits: from 2 GiB on, it requests more memory than any card has.
+"""
 
 _USERS: Counter[tuple[ModuleType, str]] = Counter()
 _LOCK = Lock()
 
 
 def attends(model: nn.Module) -> list[ModuleType]:
-    """The files of this model's modules that have imported mlx-lm's attention."""
+    """The Python modules of this model's layers that import mlx-lm's attention."""
     return _calling(model, "scaled_dot_product_attention")
 
 
@@ -51,9 +52,9 @@ def _calling(model: nn.Module, name: str) -> list[ModuleType]:
 
 @contextmanager
 def asking_caches(files: Sequence[ModuleType], name: str = "scaled_dot_product_attention") -> Iterator[None]:
-    """Let the attention in these files be ours inside the block, which asks the caches.
+    """Inside the block, these Python modules call grpo's function `name`, which asks the caches, instead of mlx-lm's.
 
-    Blocks of several threads may overlap: what was there is back when the last one ends.
+    Blocks of several threads may overlap: mlx-lm's function is restored when the last block ends.
     """
     with _LOCK:
         for file in files:
@@ -78,7 +79,7 @@ def _attend(
     mask: Any = None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """In the place of mlx-lm's function, with its arguments."""
+    """Replaces mlx-lm's `scaled_dot_product_attention`, with the same arguments."""
     if hasattr(cache, "attend"):
         out: mx.array = cache.attend(queries, keys, values, scale, mask, sinks)
         return out
@@ -98,7 +99,7 @@ def mlx_lms(
     sinks: mx.array | None = None,
     cache: Any = None,
 ) -> mx.array:
-    """The attention that was there before, in several calls of some heads each where one would be too large."""
+    """mlx-lm's attention, split by heads into several calls if a single call would be too large."""
     calls = _calls(queries, keys, mask)
     if calls > 1:
         of_heads = (mx.split(array, calls, axis=1) for array in (queries, keys, values))
@@ -113,33 +114,33 @@ def mlx_lms(
 
 
 def _calls(queries: mx.array, keys: Any, mask: Any) -> int:
-    """In how many calls to compute attention: of as many heads each, with their own keys."""
+    """Number of calls to split attention into. All calls have the same number of heads, with the heads' own keys."""
     if queries.size <= CUDA_QUERIES or not cuda.available() or not isinstance(keys, mx.array):
         return 1
     if isinstance(mask, mx.array) and mask.ndim > 2 and mask.shape[-3] > 1:
-        return 1  # each head may have a mask of its own
+        return 1  # the mask may differ by head
     heads = keys.shape[1]
     return next((n for n in range(1, heads) if heads % n == 0 and queries.size <= n * CUDA_QUERIES), heads)
 
 
 OURS: dict[str, Callable[..., mx.array]] = {"scaled_dot_product_attention": _attend, "swiglu": swiglu}
-"""What takes the place of mlx-lm's functions, by their names."""
+"""Replacements for mlx-lm's functions, by name."""
 
 
 class Forward:
-    """A forward pass through a model whose attention is computed in tiles, and its backward pass."""
+    """A forward pass, and its backward pass, through a model whose attention is computed in tiles."""
 
     def __init__(self, attending: Sequence[ModuleType], gating: Sequence[ModuleType]) -> None:
         self._attending, self._gating = attending, gating
         self._masks: dict[int, tuple[mx.array, Sight]] = {}
         self.answered = 0
-        """How often attention was computed in tiles."""
+        """Number of attention calls that were computed in tiles."""
         self.declined = 0
-        """How often MLX's own was called, for want of a word for what the queries see."""
+        """Number of attention calls left to MLX, because no `Sight` describes their mask."""
 
     @contextmanager
     def under_way(self) -> Iterator[None]:
-        """Attend in tiles inside the block: in the forward pass, and where a layer is computed again."""
+        """Attend in tiles inside the block: in the forward pass, and where a layer is recomputed."""
         with asking_caches(self._attending), asking_caches(self._gating, "swiglu"):
             token = _NOW.set(self)
             try:
@@ -148,11 +149,11 @@ class Forward:
                 _NOW.reset(token)
 
     def remember(self, mask: mx.array, sight: Sight) -> None:
-        """That this very array stands for what `sight` says. If it is not read, it is never computed."""
+        """Note that this very array means `sight`. An array that nothing reads is never evaluated."""
         self._masks[id(mask)] = mask, sight
 
     def sight(self, queries: mx.array, keys: mx.array, values: mx.array, mask: Any) -> Sight | None:
-        """What the queries see, or None where MLX's own attention is to be called."""
+        """What the queries see, or None if MLX's attention is to be called."""
         if fused(queries, values):
             return None
         found = self._meant(queries.shape[2], keys.shape[2], mask)
@@ -169,11 +170,11 @@ class Forward:
 
 
 class Untiled(ValueError):
-    """Why a model cannot be run with its attention in tiles."""
+    """The model cannot compute its attention in tiles. The message is the reason."""
 
 
 class InTiles:
-    """Makes forward passes of a model in which attention is computed in tiles."""
+    """Creates forward passes of a model with attention in tiles."""
 
     def __init__(self, model: nn.Module) -> None:
         self._attending, self._gating = attends(model), [] if on_gpu() else _calling(model, "swiglu")
@@ -188,14 +189,14 @@ class InTiles:
             yield forward
 
     def fault(self, body: Callable[..., mx.array]) -> str | None:
-        """Why attention keeps its scores all the same, if it does: tried on three tokens, and nothing is computed.
+        """The reason why attention still stores its scores, or None. Traces three tokens, and evaluates nothing.
 
-        `body` is what training calls. Raises Untiled where it cannot be run so.
+        `body` is the function that training calls. Raises Untiled if it cannot run with tiles.
         """
         try:
             with self.begun() as forward:
                 body(mx.array([[1, 2, 3]]), cache=None)
-        except Exception as error:  # whatever the model's own code raises, or ours
+        except Exception as error:  # the model's code, or grpo's, may raise anything
             raise Untiled(f"the trial failed: {cause(error)}") from error
         if forward.declined:
             return "this architecture adds scores of its own"
@@ -206,25 +207,25 @@ _NOW: ContextVar[Forward | None] = ContextVar("the forward pass that is under wa
 
 
 def under_way() -> Forward | None:
-    """The forward pass in tiles that this is a part of, if there is one."""
+    """The current forward pass in tiles, or None."""
     return _NOW.get()
 
 
 def as_now() -> Callable[[], AbstractContextManager[None]]:
-    """Makes blocks in which attention is computed as it is now."""
+    """A factory of blocks in which attention is computed in the present way."""
     now = under_way()
     return nullcontext if now is None else now.under_way
 
 
 def meaning(mask: mx.array, sight: Sight) -> mx.array:
-    """The mask, known from now on to mean this."""
+    """Register the meaning of a mask with the current forward pass. Returns the mask."""
     if (now := under_way()) is not None:
         now.remember(mask, sight)
     return mask
 
 
 def fused(queries: mx.array, values: mx.array) -> bool:
-    """Whether MLX has a fused backward pass for such queries and values: on CUDA alone, as of MLX 0.32."""
+    """Whether MLX has a fused backward pass for these queries and values: only on CUDA, as of MLX 0.32."""
     if not cuda.available() or queries.dtype == mx.float32:
         return False
     widths = queries.shape[-1], values.shape[-1]
@@ -232,9 +233,9 @@ def fused(queries: mx.array, values: mx.array) -> bool:
 
 
 def _of_booleans(mask: mx.array, queries: int, keys: int) -> Sight | None:
-    """A mask that is the same for all heads."""
+    """The sight of a boolean mask that is the same for all heads; None for other masks."""
     if mask.dtype != mx.bool_ or mask.shape[-2:] != (queries, keys) or (mask.ndim == 4 and mask.shape[1] > 1):
         return None
     if mask.ndim == 3 and mask.shape[0] > 1:
-        return None  # MLX takes its first axis for heads
+        return None  # MLX treats the first of three axes as heads
     return Masked(mask.reshape(-1, queries, keys))

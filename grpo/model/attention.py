@@ -1,10 +1,10 @@
-"""Attention for training in tiles: memory grows with the tokens, not with their square.
+"""Attention in tiles for training: memory grows linearly with the tokens, not quadratically.
 
-MLX's own attention keeps the scores of every layer for the backward pass, `[B, heads, T, T]`, wherever it has no fused
-backward pass: on a CPU and on Metal. Here the forward pass keeps what comes out and one number a query, and the
-backward pass computes the scores again, a tile at a time (FlashAttention-2, arXiv 2307.08691, in stock operations).
-Only where there are few scores they are kept, because that is faster. `grpo.model.tiles` has the loops; here the work
-is cut into chunks of rows and heads.
+MLX's attention stores the scores of every layer for the backward pass, `[B, heads, T, T]`, wherever it has no fused
+backward pass: on a CPU and on Metal. Here the forward pass stores its output and one number per query, and the backward
+pass recomputes the scores tile by tile (FlashAttention-2, arXiv 2307.08691, in stock operations). If there are few
+scores, they are stored, which is faster. `grpo.model.tiles` contains the loops; this module divides the work into
+chunks of rows and heads.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from grpo.model.sight import Sight
 from grpo.model.tiles import BackwardInputs, Chunk, Tiling, ranges
 
 KEPT = 2**22
-"""Scores of one call, at most, that are kept for the backward pass: 16 MB."""
+"""Most scores of one call that are stored for the backward pass: 16 MB."""
 
 
 def most_pairs(heads: int) -> int:
-    """Pairs of tokens whose scores a call with so many query heads keeps, at most: of more it keeps none."""
+    """Most (query, key) pairs for which a call with this many query heads stores scores. Larger calls store none."""
     return KEPT // heads
 
 
 class PromptKeysValues(NamedTuple):
-    """Keys `[P, H, L, D]` and values `[P, H, L, E]` of prompts; row b goes on from prompt `rows[b]`."""
+    """Keys `[P, H, L, D]` and values `[P, H, L, E]` of prompts; row b continues from prompt `rows[b]`."""
 
     keys: mx.array
     values: mx.array
@@ -46,12 +46,12 @@ def attention(
     sinks: mx.array | None = None,
     gradient: bool = True,
 ) -> mx.array:
-    """Softmax attention with a gradient for every array: `[B, HQ, T, E]` of the queries' dtype.
+    """Softmax attention with a gradient for every array: `[B, HQ, T, E]` in the queries' dtype.
 
-    queries `[B, HQ, T, D]`, keys `[B, H, K, D]`, values `[B, H, K, E]`, where HQ is a multiple of H. `sight` says what
-    each query sees. The rows' `prompts` stand before their keys. `sinks` `[HQ]` are scores that take weight and give
-    nothing (arXiv 2309.17453). Without a `gradient` no score is kept, and what comes out of a row does not depend on
-    how many rows there are.
+    queries `[B, HQ, T, D]`, keys `[B, H, K, D]`, values `[B, H, K, E]`, where HQ is a multiple of H. `sight` defines
+    which keys each query sees. The keys of `prompts` come before the rows' own keys. `sinks` `[HQ]` are additional
+    scores without a value: they take weight from the keys (arXiv 2309.17453). Without `gradient` no scores are stored,
+    and a row's result does not depend on the number of rows.
     """
     index = None if prompts is None else prompts.rows
     given = [queries, keys, values, *(prompts[:2] if prompts else ()), *([] if sinks is None else [sinks])]
@@ -71,7 +71,7 @@ def attention(
 
 
 class _Call:
-    """The arrays of one call, and the chunks that they are cut into."""
+    """The arrays of one call, and the chunks that they are divided into."""
 
     def __init__(
         self, arrays: Sequence[mx.array], index: mx.array | None, scale: float, sight: Sight, most_kept: int
@@ -93,8 +93,8 @@ class _Call:
         self._queries = self._by_head(queries)
 
     def forward(self) -> tuple[mx.array, ...]:
-        """What comes out, `[B, HQ, T, E]`, the logarithms of the sums of exponentials, `[B, H, G, T, 1]`, and the
-        weights that are kept."""
+        """The output, `[B, HQ, T, E]`, the logarithms of the sums of exponentials, `[B, H, G, T, 1]`, and the stored
+        weights."""
         outs, sums, kept, after = list[mx.array](), list[mx.array](), list[mx.array](), list[mx.array]()
         for rows, heads in self._cuts:
             out, sum_, weights = self._chunk(rows, heads).forward(after)
@@ -130,17 +130,17 @@ class _Call:
         return Chunk(self._tiling, rows, self._queries[rows, heads], own, prompts, sinks)
 
     def _of_rows(self, prompts: mx.array, rows: slice) -> mx.array:
-        """Those of the rows' prompts, for as long as these rows are computed; a single prompt is not repeated."""
+        """The prompts of these rows, copied only while the rows are computed. A single prompt is not repeated."""
         return prompts if prompts.shape[0] == 1 else looked_up(prompts, cast(mx.array, self._index)[rows])
 
     def _summed(self, sofar: list[mx.array] | None, found: Sequence[mx.array], rows: slice) -> list[mx.array]:
-        """The gradients of prompts' keys and values: of all rows so far and of these."""
+        """The gradients of prompts' keys and values: the sum over the rows so far, plus these rows."""
         index, number = cast(mx.array, self._index)[rows], self._prompts[0].shape[0]
         sums = [summed_by_prompt(array, index, number) for array in found]
         return sums if sofar is None else [total + more for total, more in zip(sofar, sums, strict=True)]
 
     def _by_head(self, array: mx.array) -> mx.array:
-        """`[B, HQ, …]` as `[B, H, G, …]`: query heads by the keys that they share."""
+        """`[B, HQ, …]` as `[B, H, G, …]`: query heads grouped by the key head that they share."""
         return mx.unflatten(array, 1, (-1, self._repeats))
 
     def _by_row(self, sinks: mx.array) -> mx.array:
@@ -148,14 +148,15 @@ class _Call:
         return sinks.astype(mx.float32).reshape(-1, self._repeats, 1)
 
     def _together(self, arrays: list[mx.array]) -> mx.array:
-        """Arrays of all chunks as one, `[B, H, …]`."""
+        """The arrays of all chunks concatenated, `[B, H, …]`."""
         each = sum(rows.start == 0 for rows, _ in self._cuts)
         whole = [mx.concatenate(arrays[i : i + each], axis=1) for i in range(0, len(arrays), each)]
         return mx.concatenate(whole)
 
 
 def _cut(rows: int, heads: int, size: int, most: int) -> list[tuple[slice, slice]]:
-    """Rows with all their heads, or some heads of one row. Each head of a row counts for `size` out of `most`."""
+    """Divide the work: rows with all their heads, or some heads of one row. One head of a row has the size `size`, and
+    a chunk at most `most`."""
     fitting = max(1, most // size)
     if fitting >= heads:
         return [(slice(part.start, part.stop), slice(0, heads)) for part in ranges(rows, fitting // heads)]

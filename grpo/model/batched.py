@@ -1,4 +1,4 @@
-"""Rows of token ids that go through a model together, padded on the right, where a causal model does not look."""
+"""Batches of token rows, padded on the right, where a causal model's earlier tokens do not see the padding."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import mlx.core as mx
 from grpo.backend import cuda
 
 FUSED = 128
-"""On CUDA attention is fused for multiples of so many tokens alone: elsewhere it would hold the scores of all pairs."""
+"""On CUDA, attention is fused only for multiples of this many tokens. Otherwise it would store the scores of all pairs.
+"""
 
 
 def batches(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """The places of rows that go through together, the longest first: at most `most` tokens with padding, or a row."""
+    """Row indices by batch, longest rows first. A batch has at most `most` tokens, padding included, or one row."""
     made: list[list[int]] = []
     for place in sorted(range(len(lengths)), key=lambda place: (-lengths[place], place)):
         if made and padded(lengths[made[-1][0]]) * (len(made[-1]) + 1) <= most:
@@ -24,16 +25,16 @@ def batches(lengths: Sequence[int], most: int) -> list[list[int]]:
 
 
 def padded(length: int) -> int:
-    """The length to which rows of this length are padded."""
+    """The padded length of rows of this length."""
     return -(-length // FUSED) * FUSED if cuda.available() else length
 
 
 def in_batches(
     rows: Sequence[Sequence[int]], most: int, read: Callable[[mx.array, Sequence[Sequence[int]]], Sequence[float]]
 ) -> list[float]:
-    """What `read` makes of each row, in their order. It is given tokens `[B, L]` and the rows that they are of.
+    """One number per row, computed by `read` for batches of tokens `[B, L]` and their rows. Keeps the order of rows.
 
-    At most `most` tokens go through at once, padding included, or else one row. No row is empty.
+    A batch has at most `most` tokens, padding included, or else one row. No row may be empty.
     """
     found = [0.0] * len(rows)
     for places in batches([len(row) for row in rows], most):

@@ -1,7 +1,7 @@
-"""Gradient checkpointing: what is inside is computed again in the backward pass instead of being kept.
+"""Gradient checkpointing: a layer's activations are recomputed in the backward pass instead of stored.
 
-`mx.checkpoint` gives gradients to its arguments alone; whatever else the function reads (trainable parameters, the
-keys and values of a cache) would lose its gradient without a word, and so is handed over explicitly here.
+`mx.checkpoint` gives gradients only to the function's arguments. Other arrays that the function reads (trainable
+parameters, the keys and values of a cache) would silently lose their gradients, so they are passed as arguments here.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from grpo.model.rowwise import RowWise
 from grpo.model.standins import put_before
 
 CheckpointOf = Callable[[nn.Module], Checkpoint]
-"""What checkpoints a layer."""
+"""Returns the checkpoint function for a layer."""
 
 
 def always(checkpoint: Checkpoint) -> CheckpointOf:
-    """The same for every layer."""
+    """Use the same checkpoint function for every layer."""
     return lambda _: checkpoint
 
 
@@ -34,9 +34,9 @@ PLAIN = always(mx.checkpoint)
 def checkpointed(
     module: nn.Module, parameters: Any, function: Callable[..., Any], checkpoint: Checkpoint = mx.checkpoint
 ) -> Callable[..., Any]:
-    """`function` under `mx.checkpoint`, with `parameters` (a tree of `module`'s) as inputs too.
+    """`function` under `mx.checkpoint`, with `parameters` (a tree of `module`'s parameters) as additional inputs.
 
-    Arguments must be arrays, or trees of them, that can have a gradient. `checkpoint` takes the place of MLX's own.
+    Arguments must be arrays, or trees of arrays, that can have a gradient. `checkpoint` replaces `mx.checkpoint`.
     """
 
     def inner(given: Any, *arrays: Any) -> Any:
@@ -54,11 +54,11 @@ def checkpointed(
 def checkpointed_layers(
     layers: Sequence[nn.Module], on: bool | int, row_wise: RowWise, checkpoint_of: CheckpointOf = PLAIN
 ) -> Iterator[None]:
-    """Inside the block these layers are checkpointed; outside, in generation, they are what they were.
+    """Checkpoint these layers inside the block. Outside, as in generation, they are unchanged.
 
-    `on` is True (all), False (none), or how many of them, from the first: the backward pass comes to the last layers
-    first, so what those keep is gone when a layer before them is computed again. `row_wise` parts go by tiles of
-    tokens. `checkpoint_of` a layer takes the place of MLX's.
+    `on` is True (all), False (none), or the number of layers to checkpoint, from the first: the backward pass reaches
+    the last layers first, so their stored activations are freed before an earlier layer is recomputed. `row_wise`
+    parts are computed by tiles of tokens. `checkpoint_of` gives each layer's replacement for `mx.checkpoint`.
     """
     layers = layers if on is True else layers[: int(on)]
     own = {"row_wise": row_wise, "checkpoint_of": staticmethod(checkpoint_of)}
@@ -67,17 +67,18 @@ def checkpointed_layers(
 
 
 class _Checkpointed:
-    """Put before a layer's own class: the same layer, its inside computed again in the backward pass."""
+    """Mixin before a layer's class: recomputes the layer's activations in the backward pass."""
 
     row_wise: RowWise
     checkpoint_of: CheckpointOf
 
     def __call__(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
-        plain = super().__call__  # type: ignore[misc]  # the layer's own
+        plain = super().__call__  # type: ignore[misc]  # the layer's class
         cache = next((a for a in (*args, *kwargs.values()) if hasattr(a, "bind")), None)
-        key = dropout_key()  # the backward pass comes when another is set, or none
+        # The backward pass runs later, with another dropout key or none, and outside the blocks of attention and cache.
+        key = dropout_key()
         attention, in_tiles = as_now(), self.row_wise.inside
-        inside = next((a.inside for a in (*args, *kwargs.values()) if hasattr(a, "inside")), nullcontext)  # and so here
+        inside = next((a.inside for a in (*args, *kwargs.values()) if hasattr(a, "inside")), nullcontext)
 
         def call(x: mx.array, inputs: list[mx.array]) -> Any:
             if cache is not None:

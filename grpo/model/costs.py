@@ -1,9 +1,9 @@
-"""What a model's work must cost at least, in bytes and operations. `outline.costs_of_config` reads a model's sizes.
+"""Lower bounds for a model's bytes and operations. `outline.costs_of_config` reads a model's sizes.
 
-A bound from below, to hold a measured time against (the roofline of Williams, Waterman and Patterson, 2009): every
-weight is read once a pass, every product's multiplications and additions are made once, and what could stay on the chip
-(activations, scores, logits) moves no bytes. Norms, rotations and sampling count no operations. Attention counts as
-full in every layer: a model with windows or states needs less.
+A measured time is compared with these bounds (the roofline of Williams, Waterman and Patterson, 2009): every weight is
+read once per pass, every product's multiplications and additions are done once, and data that could stay on the chip
+(activations, scores, logits) moves no bytes. Norms, rotations and sampling count as no operations. Attention counts as
+full in every layer: a model with sliding windows or recurrent states needs less.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MOMENT_BYTES = 2 * 4
-"""AdamW's two moments of a trained number in float32. With `optim.moments: int8` they are a quarter of that, which no
-step is credited with: on a CPU packing takes longer than the bytes save."""
+"""Bytes of AdamW's two moments per trained parameter, in float32. `optim.moments: int8` needs a quarter, which the
+bounds ignore: on a CPU, packing takes longer than the saved bytes would."""
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """Operations, a multiplication and an addition being two, and bytes between memory and chip."""
+    """Floating-point operations (a multiply-add counts as two), and bytes moved between memory and chip."""
 
     flops: float
     bytes: float
@@ -29,15 +29,15 @@ class Demand:
         return Demand(self.flops * times, self.bytes * times)
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """The least time on a machine of these rates: operations and bytes at once, so the slower of both."""
+        """The least time on a machine with these rates. Operations and transfers overlap, so the slower one counts."""
         return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A matrix that tokens are multiplied with, or a matrix of each expert, of which a token meets `used`.
+    """A matrix that tokens are multiplied with, or one matrix per expert, where each token uses `used` experts.
 
-    `nbytes` are those of all experts, a quantised matrix's scales and offsets included.
+    `nbytes` counts all experts, and the scales and offsets of a quantized matrix.
     """
 
     inputs: int
@@ -49,21 +49,22 @@ class Product:
 
     @property
     def flops(self) -> int:
-        """Of one token, forward."""
+        """Operations per token in the forward pass."""
         return 2 * self.used * self.inputs * self.outputs
 
     def read(self, tokens: int) -> float:
-        """Bytes read for so many tokens: of experts those that are met, if each is as likely as any other."""
+        """Bytes read for this many tokens. Only experts that some token uses are read; all are equally likely."""
         missed = (1 - self.used / self.experts) ** tokens
         return self.nbytes * (1 - missed)
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """A model's sizes, and the least work of what is done with it. Lengths and contexts are in tokens.
+    """A model's sizes, and lower bounds for its passes. Lengths and contexts are in tokens.
 
-    `products` are those of the blocks, an adapter's among them; `head` projects to the vocabulary (tied: with the
-    embedding's matrix); `other_bytes` are norms and biases. `itemsize` is that of an activation, a key or a value.
+    `products` are the matrices of the blocks, the adapter's included; `head` projects to the vocabulary (a tied head
+    uses the embedding's matrix); `other_bytes` are norms and biases. `itemsize` is the bytes of an activation, key or
+    value.
     """
 
     parameters: int
@@ -81,13 +82,13 @@ class Costs:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Keys and values of one token in all layers."""
+        """Bytes of one token's keys and values in all layers."""
         return 2 * self.depth * self.kv_heads * self.head_dim * self.itemsize
 
     def decode(self, rows: int, context: int, shared: int = 0, groups: int = 1) -> Demand:
-        """One decoding step of `rows` rows, each attending to `context` tokens, itself included.
+        """One decoding step of `rows` rows. Each row attends to `context` tokens, the current one included.
 
-        The first `shared` of them are kept, and read, once for each of `groups` groups of rows.
+        The first `shared` tokens of the context are stored, and read, once per group of rows; there are `groups`.
         """
         flops = rows * (self._token_flops + self.head.flops) + self._attention_flops * rows * context
         cached = groups * shared + rows * (context - shared)
@@ -95,32 +96,32 @@ class Costs:
         return Demand(flops, read + self.kv_bytes_per_token * cached)
 
     def prefill(self, prompts: int, length: int) -> Demand:
-        """Prompts through the blocks, for their keys and values alone: no head."""
+        """Prefill of `prompts` prompts: the blocks alone, because only keys and values are needed."""
         tokens, pairs = prompts * length, prompts * _triangle(length)
         flops = tokens * self._token_flops + self._attention_flops * pairs
         return Demand(flops, self._read(tokens) + self.kv_bytes_per_token * tokens)
 
     def forward(self, prompts: int, prompt_length: int, completions: int, length: int) -> Demand:
-        """`completions` of each prompt through the blocks, each prompt once: no head, and nothing is kept.
+        """A forward pass over each prompt once and its `completions`: the blocks alone, without stored activations.
 
-        A completion's last token, which predicts nothing, goes through as it does in the trainer.
+        A completion's last token predicts nothing, but counts, because the trainer computes it too.
         """
         tokens, pairs = _shared(prompts, prompt_length, completions, length)
         return Demand(tokens * self._token_flops + self._attention_flops * pairs, self._read(tokens))
 
     def logprobs(self, prompts: int, prompt_length: int, completions: int, length: int) -> Demand:
-        """The same with the head, which only the tokens of completions meet."""
+        """`forward`, plus the head on the tokens of completions."""
         predicted = prompts * completions * length
         head = Demand(predicted * self.head.flops, self.head.read(predicted))
         return self.forward(prompts, prompt_length, completions, length) + head
 
     def update(self, prompts: int, prompt_length: int, completions: int, length: int) -> Demand:
-        """Forward, backward and AdamW over `completions` of each prompt, which itself goes through the blocks once.
+        """Forward pass, backward pass and AdamW over each prompt once and its `completions`.
 
-        The backward pass of a product is as much work as its forward pass, and as much again where its matrix trains;
-        attention's is twice the forward. Weights are read in both, blocks' inputs kept between them, and for each
-        trained number the gradient, the number and its moments are written and read. Nothing is computed twice:
-        checkpointed layers cost a `forward` more.
+        The backward pass of a product is as much work as its forward pass, and twice as much where its matrix trains;
+        attention's is twice its forward pass. Both passes read the weights; the inputs of blocks are stored in
+        between; the gradient, the parameter and its moments are written and read for each trained parameter. Nothing is
+        recomputed: gradient checkpointing adds one `forward`.
         """
         predicted = prompts * completions * length
         tokens, pairs = _shared(prompts, prompt_length, completions, length)
@@ -136,7 +137,7 @@ class Costs:
 
     @property
     def _attention_flops(self) -> int:
-        """Of one token attending to one, in all layers: a score, and a value's share."""
+        """Operations per pair of tokens in all layers: one score, and one weighted value."""
         return 4 * self.depth * self.heads * self.head_dim
 
     def _read(self, tokens: int) -> float:
@@ -148,12 +149,12 @@ def _both_ways(product: Product) -> int:
 
 
 def _shared(prompts: int, prompt_length: int, completions: int, length: int) -> tuple[int, int]:
-    """Tokens, and pairs of one and one that it may see, where completions go on from a prompt's one pass."""
+    """Number of tokens, and of (query, visible key) pairs, where completions continue from one pass per prompt."""
     rows = prompts * completions
     pairs = prompts * _triangle(prompt_length) + rows * (length * prompt_length + _triangle(length))
     return prompts * prompt_length + rows * length, pairs
 
 
 def _triangle(length: int) -> int:
-    """Pairs of a token and one that it may see."""
+    """Number of (query, visible key) pairs in a causal sequence of this length."""
     return length * (length + 1) // 2

@@ -1,4 +1,4 @@
-"""How far what trains has moved, as a norm over all layers, without ever making a matrix that an adapter adds."""
+"""Distance of the trained arrays from their start, as a norm over all layers, without computing the product B A."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from grpo.model.shards import Shards
 def distance(
     state: Mapping[str, mx.array], started: Mapping[str, mx.array], saved: bool, scale: float, shards: Shards
 ) -> float:
-    """The norm of `scale · (B A - B₀ A₀)` over layers of LoRA, and of what else trains of its difference.
+    """The norm of `scale · (B A - B₀ A₀)` over LoRA layers, and of the difference from the start for all other arrays.
 
-    `started` is the state that the run began with; unless that was a `saved` adapter, its B₀ A₀ is 0. Where a model is
-    divided, all processes that hold it must ask: each has the terms of its parts, and all have the whole arrays'.
+    `started` is the state at the run's start; unless it was a `saved` adapter, B₀ A₀ is 0. If several processes share
+    the model, all of them must call this: each computes the terms of its parts, and all compute those of whole arrays.
     """
 
     def square(path: str) -> mx.array:
@@ -32,7 +32,9 @@ def distance(
     for path in state:
         if path.endswith("lora_a"):
             continue
-        if any(map(shards.divides, (path, f"{path[:-1]}a"))):  # a product's columns, or terms of it
+        if any(
+            map(shards.divides, (path, f"{path[:-1]}a"))
+        ):  # this process has columns of the product, or terms of its sum
             parts = parts + square(path)
         else:
             whole = whole + square(path)
@@ -41,16 +43,17 @@ def distance(
 
 
 def _as_factor(array: mx.array) -> mx.array:
-    """A layer's A as `[D, r]` or B as `[r, E]` in float32: experts, with a dimension more, keep both transposed."""
+    """A layer's A as `[D, r]` or B as `[r, E]`, float32. Experts, with one more axis, store both transposed."""
     array = array.astype(mx.float32)
     return array.swapaxes(-1, -2) if array.ndim == 3 else array
 
 
 def _difference(a: mx.array, b: mx.array, a0: mx.array, b0: mx.array) -> tuple[mx.array, mx.array]:
-    """AB - A₀B₀ = A (B - B₀) + (A - A₀) B₀ as one product of twice the rank: exactly 0 where nothing has changed."""
+    """AB - A₀B₀ = A (B - B₀) + (A - A₀) B₀ as the factors of one product with twice the rank. Exactly 0 if nothing
+    changed."""
     return mx.concatenate([a, a - a0], axis=-1), mx.concatenate([b - b0, b0], axis=-2)
 
 
 def _product_norm(a: mx.array, b: mx.array) -> mx.array:
-    """|AB|² = Σ (AᵀA) ∘ (BBᵀ), without ever making AB: `[..., D, r]` and `[..., r, E]` in, a scalar out."""
+    """|AB|² = Σ (AᵀA) ∘ (BBᵀ), without computing AB: `[..., D, r]` and `[..., r, E]` in, a scalar out."""
     return ((a.swapaxes(-1, -2) @ a) * (b @ b.swapaxes(-1, -2))).sum()

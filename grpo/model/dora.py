@@ -1,9 +1,9 @@
 """mlx-lm's DoRA layer without the whole matrix: y = m / |W + s (A B)ᵀ| ∘ (x Wᵀ + s x A B), arXiv 2402.09353.
 
-Its own code makes the sum W + s (A B)ᵀ at every call to take the norms of its rows, and of a quantised W a copy in
-float besides, which the backward pass keeps: in the update all layers' copies are there at once, as much as the model
-was before it was quantised. A row's norm needs neither: |w + s d|² = |w|² + 2 s w·d + s² |d|², where d is a row of
-(A B)ᵀ, w·d comes from the product W A, and |d|² from A's own products.
+mlx-lm's layer computes W + s (A B)ᵀ at every call to take the norms of its rows, and dequantizes a quantized W for it.
+The backward pass keeps these copies: during an update all layers' copies exist together, as large as the model before
+it was quantized. A row's norm needs neither: |w + s d|² = |w|² + 2 s w·d + s² |d|², where d is a row of (A B)ᵀ, w·d
+comes from the product W A, and |d|² from AᵀA.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from grpo.model.tensor import ByColumn, ByRow, hand_over, summed
 
 
 class FoldedDoRALinear(DoRALinear):  # type: ignore[misc]  # untyped
-    """A `DoRALinear` over a base that does not train. Parameters and files are mlx-lm's."""
+    """A `DoRALinear` over a frozen base. Parameters and files have mlx-lm's names and shapes."""
 
     def __call__(self, x: mx.array) -> mx.array:
         """`[..., in]` to `[..., out]`, in the dtype of `x`."""
@@ -32,7 +32,7 @@ class FoldedDoRALinear(DoRALinear):  # type: ignore[misc]  # untyped
         return out
 
     def _norms(self) -> mx.array:
-        """The norms of the rows of W + s (A B)ᵀ, `[out]` float32. As in the paper they have no gradient."""
+        """The norms of the rows of W + s (A B)ᵀ, `[out]` float32. As in the paper, they carry no gradient."""
         a, b = (mx.stop_gradient(array).astype(mx.float32) for array in (self.lora_a, self.lora_b))
         across = _product(self.linear, mx.stop_gradient(self.lora_a).T).astype(mx.float32)  # (W A)ᵀ
         own = (a.T @ a) @ b
@@ -40,23 +40,23 @@ class FoldedDoRALinear(DoRALinear):  # type: ignore[misc]  # untyped
         return mx.sqrt(self._whole(squares))
 
     def _whole(self, squares: mx.array) -> mx.array:
-        """Of the squares that were summed over the inputs here, the sum over all inputs."""
+        """The sum over all inputs, from `squares` summed over this process's inputs."""
         return squares
 
 
 class ColumnDoRALinear(ByColumn, FoldedDoRALinear):
-    """Over a base by column: A is whole, B `[r, out / n]` and the magnitudes `[out / n]` are parts."""
+    """DoRA over a base divided by column: A is whole; B `[r, out / n]` and the magnitudes `[out / n]` are parts."""
 
 
 class RowDoRALinear(ByRow, FoldedDoRALinear):
-    """Over a base by row: A `[in / n, r]` is a part, B and the magnitudes are whole."""
+    """DoRA over a base divided by row: A `[in / n, r]` is a part; B and the magnitudes are whole."""
 
     def _whole(self, squares: mx.array) -> mx.array:
         return summed(squares, self.group)
 
 
 def _product(base: nn.Module, x: mx.array) -> mx.array:
-    """x Wᵀ without a bias."""
+    """x Wᵀ, without the bias."""
     if "scales" not in base:
         plain: mx.array = x @ base.weight.T
         return plain
@@ -68,22 +68,22 @@ def _product(base: nn.Module, x: mx.array) -> mx.array:
 
 
 def _check_inputs(model: nn.Module) -> None:
-    """Raise UserError where mlx-lm has miscounted a quantised layer's inputs, as its DoRA does of 3, 5 and 6 bits."""
+    """Raise UserError if mlx-lm's DoRA has miscounted a quantized layer's inputs, as it does with 3, 5 and 6 bits."""
     for path, module in model.named_modules():
         base = module.get("linear") if "lora_a" in module else None
         if isinstance(base, nn.QuantizedLinear) and module.lora_a.shape[0] != inputs_of(base):
             raise UserError(
-                f"adapter.type: dora: mlx-lm's DoRA does not fit {path}, whose weights have {base.bits} bits: take "
-                "lora, or a model of 2, 4 or 8 bits"
+                f"adapter.type: dora: mlx-lm's DoRA does not support {path}, whose weights have {base.bits} bits: use "
+                "lora, or a model with 2, 4 or 8 bits"
             )
 
 
 def fold_magnitudes(model: nn.Module) -> None:
-    """Have every DoRA layer, fresh from mlx-lm and so with the norms of W for magnitudes, compute so."""
+    """Replace every new DoRA layer of mlx-lm by `FoldedDoRALinear`. Its magnitudes must still be the norms of W."""
     _check_inputs(model)
     for module in model.modules():
         if type(module) is DoRALinear:
             module.__class__ = FoldedDoRALinear
-            module._squares = mx.square(module.m)  # |w|² of each row; no parameter by its name
+            module._squares = mx.square(module.m)  # |w|² of each row; the underscore keeps it out of the parameters
             hand_over(module, ColumnDoRALinear, RowDoRALinear)
             module.m = mx.sqrt(module._whole(module._squares))

@@ -1,4 +1,4 @@
-"""Models with random weights, by shape: for measuring and checking, where what a model says does not matter."""
+"""Models with random weights, by shape, for benchmarks and checks that do not depend on a model's outputs."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ SHAPES: dict[str, dict[str, Any]] = {
                      "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128,
                      "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
 }  # fmt: skip
-"""Qwen3 by its dimensions; 0.6b, 1.7b, 4b and 8b are the published models', the others small ones of the same kind."""
+"""Dimensions of Qwen3 models: 0.6b, 1.7b, 4b and 8b are published models, the others small models of the same kind."""
 
 
 RANK = 16
 
 
 def config_of(shape: str) -> dict[str, Any]:
-    """The `config.json` of a shape. Raises UserError for a name that is not there."""
+    """The `config.json` of a shape. Raises UserError for an unknown name."""
     if shape not in SHAPES:
-        raise UserError(f"no shape {shape!r}; there are {', '.join(SHAPES)}")
+        raise UserError(f"no shape {shape!r}; choose one of {', '.join(SHAPES)}")
     fixed = {"model_type": "qwen3", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 40960,
              "tie_word_embeddings": True}  # fmt: skip
     return {**fixed, **SHAPES[shape]}
 
 
 def random_model(shape: str, bits: int | None = None) -> nn.Module:
-    """A frozen model of a shape: bfloat16 on a GPU, float32 on a CPU; the same weights each time.
+    """A frozen model of a shape, bfloat16 on a GPU and float32 on a CPU. The weights are the same at every call.
 
-    `bits`: those of its quantized matrices, in groups of 64; None for none.
+    With `bits`, matrices are quantized to this number of bits, in groups of 64.
     """
     mx.random.seed(0)
     model = new_model(config_of(shape))
@@ -67,7 +67,7 @@ def random_model(shape: str, bits: int | None = None) -> nn.Module:
 
 
 def trained_adapters(model: nn.Module) -> Adapters:
-    """An adapter as training leaves it: on every linear layer, its B not zero."""
+    """An adapter on every linear layer, with a nonzero B, as after training."""
     adapters = Adapters(model, AdapterConfig(rank=RANK), mx.random.key(0))
     keys = mx.random.split(mx.random.key(1), len(adapters.state()))
     drawn = {
@@ -80,7 +80,7 @@ def trained_adapters(model: nn.Module) -> Adapters:
 
 @dataclass(frozen=True, slots=True)
 class NoTokenizer:
-    """Stands in for a tokenizer: no text, and no token that stops, so that every completion has its full length."""
+    """Replaces a tokenizer: decodes to empty text and has no stop token, so every completion has its full length."""
 
     eos_token_ids: frozenset[int] = frozenset()
 

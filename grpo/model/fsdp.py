@@ -1,15 +1,15 @@
-"""Fully sharded data parallel: during an update each process keeps a part of every large array (arXiv 1910.02054,
+"""Fully sharded data parallelism: during an update each process holds a part of every large array (arXiv 1910.02054,
 ZeRO-3; arXiv 2304.11277).
 
-During the rollout and evaluation the weights are whole, and each process decodes by itself. During an update a process
-keeps its parts alone. A layer is gathered when it is computed and let go of after that, and gathered again in the
-backward pass, which computes it again. Where whole weights train, a gradient is summed over the processes as it
-appears, and each keeps its own part of the sum, and of the optimizer's state.
+During rollouts and evaluation the weights are whole, and each process decodes independently. During an update a process
+holds only its parts. A layer is gathered when it is computed and freed afterwards, and gathered again in the backward
+pass, which recomputes it. In full training, each gradient is summed over the processes as soon as it exists, and each
+process keeps its part of the sum and of the optimizer's state.
 
-`mlx.nn.fully_shard` divides modules in the same way, and does not do for this: it puts a module in front of each, which
-changes the paths of all parameters; it divides adapters and averages their gradients; it wants first axes that the
-number of processes divides; what it gathers stays until the backward pass; and nothing says in which order layers are
-gathered, which must be the same in all processes, whatever the shapes of their micro-batches.
+`mlx.nn.fully_shard` divides modules in the same way, but does not fit: it wraps each module, which changes the paths of
+all parameters; it divides adapters and averages their gradients; it needs first axes that the number of processes
+divides; gathered arrays stay until the backward pass; and it does not fix the order in which layers are gathered, which
+must be the same in all processes, whatever the shapes of their micro-batches.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from grpo.model.quantized import dtype_of
 from grpo.model.standins import put_before
 
 SUMMED = 8
-"""Bytes for each number of a gradient that is summed over processes: in float32, what goes in and what comes out."""
+"""Bytes per number of a gradient that is summed over processes: the sum's input and output, both in float32."""
 ENDS = (nn.Embedding, nn.QuantizedEmbedding, nn.Linear, nn.QuantizedLinear)
-"""Modules outside the layers that are divided. Whatever else is there stays whole: nobody knows how it is used."""
+"""Classes of the modules outside the layers that are divided. Others stay whole, because their use is unknown."""
 
 
 class Spread:
-    """A model's large arrays, spread over the processes of `ranks` while it `is_on`.
+    """A model's large arrays, spread over the processes of `ranks` while `is_on`.
 
-    Parts are flat: one-dimensional, of the same length in all processes, with zeros behind the last numbers. All
-    processes must begin and end together, and make as many passes through the model in between.
+    Parts are flat: one-dimensional, with the same length in all processes, padded with zeros at the end. All processes
+    must begin and end together, and make the same number of passes through the model in between.
     """
 
     def __init__(
         self, model: nn.Module, adapters: Adapters | None, head: Head | None, ranks: Ranks, copies: Ranks
     ) -> None:
-        """`head` is the model's, where it is called by itself. `ranks` have the arrays together, and `copies` are those
-        that have the same parts in other such groups. Nothing is computed or exchanged.
+        """`head` is the model's head, if it is called separately. `ranks` share the arrays, and `copies` are the
+        processes that hold the same parts in other groups. Nothing is evaluated or exchanged.
 
-        The outline of a model has no `adapters`, and nothing of it is ever computed.
+        For a model's outline, `adapters` is None, and nothing is ever evaluated.
         """
         self.model, self.adapters = model, adapters
         self.is_on = False
@@ -65,7 +65,7 @@ class Spread:
         self._head = (linear or self._ends if adapters is None else []) if head is None else self._read_by(head)
         for places in self._places.values():
             for place in places:
-                place.holder.spread = True  # decoders hold no weight that is let go of
+                place.holder.spread = True  # decoders then keep no reference to a weight that is to be freed
         model.spread = True
         held = {(id(place.holder), place.name): place for place in self._each()}
         trained = tree_flatten(model.trainable_parameters())
@@ -82,32 +82,32 @@ class Spread:
                     yield place
 
     def _read_by(self, head: Head) -> list[nn.Module]:
-        """The modules outside the layers that the head reads, by a trial that computes nothing."""
-        asked: list[nn.Module] = []
+        """The modules outside the layers that the head reads, found by a trial that evaluates nothing."""
+        called: list[nn.Module] = []
 
-        class Asked:
+        class Recorder:
             def __call__(self: Any, x: mx.array) -> mx.array:
-                asked.append(self)
-                return super().__call__(x)  # type: ignore[misc, no-any-return]  # the module's own
+                called.append(self)
+                return super().__call__(x)  # type: ignore[misc, no-any-return]  # the module's class
 
             def as_linear(self: Any, x: mx.array) -> mx.array:
-                asked.append(self)
-                return super().as_linear(x)  # type: ignore[misc, no-any-return]  # the module's own
+                called.append(self)
+                return super().as_linear(x)  # type: ignore[misc, no-any-return]  # the module's class
 
-        with put_before(self._ends, Asked):
+        with put_before(self._ends, Recorder):
             head(mx.zeros((1, 1, int(talking(self.model).args.hidden_size)), dtype_of(self.model)))
-        return asked
+        return called
 
     @contextmanager
     def begun(self) -> Iterator[None]:
-        """Inside the block this process holds its parts alone. After an error in it the model stays so: nobody knows
-        whether the others come to gather it."""
+        """Inside the block this process holds only its parts. After an error in the block the model stays divided,
+        because the other processes might not take part in gathering it."""
         self.divide()
         yield
         self.gather()
 
     def divide(self) -> None:
-        """Let go of all but this process's parts. Nothing is exchanged."""
+        """Free everything except this process's parts. Nothing is exchanged."""
         if self.is_on:
             return
         for place in self._each():
@@ -116,7 +116,7 @@ class Spread:
         self.is_on = True
 
     def gather(self) -> None:
-        """Have the whole arrays again. All processes must."""
+        """Restore the whole arrays. All processes must call this."""
         if not self.is_on:
             return
         for place in self._each():
@@ -125,7 +125,7 @@ class Spread:
         self.is_on = False
 
     def _change_parked(self, change: Callable[[str, mx.array], mx.array]) -> None:
-        """The same for the states that are not active, of whole weights the reference."""
+        """Apply `change` to the inactive states, such as the reference in full training."""
         if self.adapters is None or not self.shards.places:
             return
         for name in self.adapters.names:
@@ -140,8 +140,8 @@ class Spread:
 
     @property
     def at_work(self) -> tuple[int, int]:
-        """Bytes of what is whole while it is computed: of the largest layer, and of what the head reads. In the
-        backward pass there is the gradient of what trains of it, too, and in float32 where it is summed."""
+        """Bytes of arrays that are whole while they are used: in the largest layer, and in the modules that the head
+        reads. Counts the gradients of trained arrays in the backward pass, with the float32 copies for their sums."""
         trained = {id(place) for place in self.shards.places.values()}
         layers = [self._places[id(layer)] for layer in self.model.layers]
         ends = [place for module in self._head for place in self._places[id(module)]]
@@ -149,8 +149,9 @@ class Spread:
 
     @contextmanager
     def rehearsing(self) -> Iterator[None]:
-        """Inside the block this process holds parts and exchanges nothing: what is computed there means nothing, but
-        takes as much memory. Each process can measure by itself. Afterwards the very arrays from before are back."""
+        """Inside the block this process holds its parts and exchanges nothing: results are meaningless, but take as
+        much memory as real ones, so each process can measure independently. Afterwards the former arrays are restored.
+        """
         former = [(place, place.array) for place in self._each()]
         states = None if self.adapters is None else self.adapters.snapshot()
         self._parts.is_silent = True
@@ -165,12 +166,12 @@ class Spread:
             self.is_on = self._parts.is_silent = False
 
     def begin(self) -> None:
-        """A gradient begins, or has been traced."""
+        """Call this before a gradient, and after it has been traced."""
         self._gathering.begin()
 
     @contextmanager
     def through(self) -> Iterator[None]:
-        """Inside the block embeddings are gathered for each use, and so are heads that are called by the model."""
+        """Inside the block, embeddings and heads that the model calls are gathered for each use."""
         if not self.is_on:
             yield
             return
@@ -178,13 +179,13 @@ class Spread:
             yield
 
     def through_head(self, function: Callable[[mx.array], tuple[mx.array, ...]], hidden: mx.array) -> Any:
-        """`function(hidden)`, which calls the head as often as it likes: the head is gathered once, and once more in
-        the backward pass."""
+        """`function(hidden)`, with the head gathered once, and once more in the backward pass, however often
+        `function` calls it."""
         trained = head_parameters(self.model)
         return checkpointed(self.model, trained, function, self.checkpoint(*self._head))(hidden)
 
     def checkpoint(self, *modules: nn.Module) -> Checkpoint:
-        """What checkpoints a function that uses these modules. See `Gathering`."""
+        """The checkpoint function for code that uses these modules. See `Gathering`."""
         return self._gathering.checkpoint(*modules)
 
 

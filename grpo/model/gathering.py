@@ -1,8 +1,8 @@
-"""Passes through a model of whose arrays this process has parts: each module is gathered when it is used.
+"""Passes through a divided model: each module is gathered from the processes' parts when it is used.
 
-Processes that gather must do so in the same order. What is gathered does not depend on what was computed before, so
-that MLX could choose; here each exchange waits for the one that was traced before it. So the order is that in which the
-model is traced, whatever the shapes of a process's micro-batch.
+All processes must gather in the same order. A gathered array does not depend on earlier results, so MLX could choose
+any order; here each exchange waits for the one traced before it. So exchanges happen in the order in which the model is
+traced, whatever the shapes of a process's micro-batch.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from grpo.model.parts import ArrayPlace, Parts
 
 
 class Gathering:
-    """Gathers the arrays of modules, of which `places` are given by the modules' ids."""
+    """Gathers the arrays of modules. `places` are the divided arrays by the module's id."""
 
     def __init__(self, parts: Parts, places: Mapping[int, list[ArrayPlace]]) -> None:
         self._parts, self._places = parts, places
         self._scatters: bool | None = None
         self._used: set[int] = set()
         self._last: list[mx.array] = []
-        """What the next exchange waits for."""
+        """The arrays that the next exchange waits for."""
 
     def begin(self) -> None:
-        """Wait for nothing that was traced before: a gradient begins, or has been traced."""
+        """Call this before a gradient, and after it has been traced: later exchanges do not wait for earlier ones."""
         self._last = []
 
     def used(self, module: nn.Module, function: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
-        """`function(x)` with a module outside the layers whole."""
+        """`function(x)`, with a module outside the layers gathered."""
         if id(module) in self._used:
             return function(x)
         with self._whole([module], self._places[id(module)], [x, *self._last]):
@@ -42,10 +42,10 @@ class Gathering:
         return made
 
     def checkpoint(self, *modules: nn.Module) -> Checkpoint:
-        """As `mx.checkpoint`, for functions of parameters, `x`, and anything more, which use these modules whole.
+        """Like `mx.checkpoint`, for functions of parameters, `x` and further arguments, with these modules gathered.
 
-        In the backward pass they are gathered when all that was exchanged before is done, and what comes after waits
-        for their gradients.
+        In the backward pass the modules are gathered after all earlier exchanges, and later exchanges wait for their
+        gradients.
         """
         return lambda function: lambda parameters, x, *rest: self._once(modules, function, parameters, x, rest)
 
@@ -92,23 +92,23 @@ class Gathering:
     def _whole(
         self, modules: Sequence[nn.Module], places: Sequence[ArrayPlace], after: Sequence[mx.array]
     ) -> Iterator[list[mx.array]]:
-        """Inside the block these modules count as whole, and the arrays in these places are: gathered when `after` is
-        computed. Yields what the next exchange waits for."""
-        former, asked = [(place, place.array) for place in places], {id(module) for module in modules}
+        """Inside the block the arrays in these places are whole, and `used` does not gather these modules again. They
+        are gathered when `after` is computed. Yields the arrays that the next exchange waits for."""
+        former, marked = [(place, place.array) for place in places], {id(module) for module in modules}
         waits = [mx.stop_gradient(array) for array in after]
-        self._used |= asked
+        self._used |= marked
         try:
             for place, part in former:
                 place.put(whole := self._gathered(part, place, waits))
                 waits = _first(whole)
             yield waits
         finally:
-            self._used -= asked
+            self._used -= marked
             for place, part in former:
                 place.put(part)
 
     def _all_whole(self, parameters: Any, of_leaves: Sequence[ArrayPlace | None], waits: list[mx.array]) -> Any:
-        """The tree with whole arrays in the place of parts."""
+        """The tree with whole arrays instead of parts."""
         arrays = leaves(parameters)
         for number, place in enumerate(of_leaves):
             if place is not None:
@@ -134,7 +134,7 @@ class Gathering:
         return mx.distributed.all_gather(part, group=self._parts.ranks.group)
 
     def _summed_part(self, slope: mx.array) -> mx.array:
-        """This process's part of a gradient's sum over the processes, float32."""
+        """This process's part of a gradient summed over the processes, float32."""
         length = self._parts.length(slope.size)
         flat = slope.reshape(-1).astype(mx.float32)
         flat = _waiting(mx.pad(flat, (0, length * self._parts.ranks.size - flat.size)), self._last)
@@ -149,8 +149,7 @@ class Gathering:
         return part
 
     def _can_scatter(self) -> bool:
-        """Whether the backend sums and divides at once: of MLX's, ring, mpi and jaccl sum alone, and say so in words
-        of their own."""
+        """Whether the backend has `sum_scatter`. MLX's ring, mpi and jaccl do not, and raise an error of their own."""
         if self._scatters is None:
             try:
                 mx.eval(mx.distributed.sum_scatter(mx.zeros(self._parts.ranks.size), group=self._parts.ranks.group))
@@ -163,22 +162,22 @@ class Gathering:
 
 
 class Gathered:
-    """Put before the class of an embedding or a head: it is gathered when it is called, unless it is whole."""
+    """Mixin before the class of an embedding or a head: gathers the module when it is called, unless it is whole."""
 
     of: Gathering
 
     def __call__(self: Any, x: mx.array) -> mx.array:
-        return self.of.used(self, super().__call__, x)  # type: ignore[misc, no-any-return]  # the module's own
+        return self.of.used(self, super().__call__, x)  # type: ignore[misc, no-any-return]  # the module's class
 
     def as_linear(self: Any, x: mx.array) -> mx.array:
-        return self.of.used(self, super().as_linear, x)  # type: ignore[misc, no-any-return]  # the module's own
+        return self.of.used(self, super().as_linear, x)  # type: ignore[misc, no-any-return]  # the module's class
 
 
 def _first(whole: mx.array) -> list[mx.array]:
-    """A number of an array, for the next to wait for."""
+    """One number of an array, for the next exchange to wait for."""
     return [mx.stop_gradient(whole.reshape(-1)[:1])]
 
 
 def _waiting(array: mx.array, after: Sequence[mx.array]) -> mx.array:
-    """The array, computed when these are."""
+    """The array, computed only after the arrays of `after`."""
     return mx.depends([array], list(after))[0] if after else array

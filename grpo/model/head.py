@@ -1,8 +1,8 @@
-"""A model taken apart into hidden states and the head that projects them.
+"""Splits a model into its body, which computes hidden states, and the head that projects them.
 
-Architectures end differently: tied embeddings or a matrix of its own, quantised or not, logits scaled (Cohere, Granite)
-or capped (Gemma). None of that is written down again here: the head *is* the model's own code, run with its body
-replaced by one that hands through the hidden states it is given.
+Heads differ by architecture: tied embeddings or a separate matrix, quantized or not, logits scaled (Cohere, Granite) or
+capped (Gemma). None of this is reimplemented here: the head runs the model's own code, with the body replaced by a
+module that passes hidden states through.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from grpo.backend.blame import cause
 
 Head = Callable[[mx.array], mx.array]
 Body = Callable[..., mx.array]
-"""A model without its head: token ids `[B, L]` in, hidden states `[B, L, D]` out, with `cache=` one object a layer."""
+"""A model without its head: token ids `[B, L]` in, hidden states `[B, L, D]` out; `cache=` has one object per layer."""
 
 BODIES = ("model", "transformer", "backbone")
-"""Names under which mlx-lm's models keep everything but their head."""
+"""Attributes of mlx-lm's models that hold everything except the head."""
 
 
 class Unsplit(ValueError):
-    """Why a model cannot be taken apart."""
+    """The model cannot be split into body and head. The message is the reason."""
 
 
 class _Handed(nn.Module):  # type: ignore[misc]  # untyped
-    """In the body's place: gives back the hidden states it is called with; all else about it is the body's."""
+    """Replaces the body: returns the hidden states it is called with, and takes all attributes from the body."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -45,8 +45,8 @@ class _Handed(nn.Module):  # type: ignore[misc]  # untyped
 def split_head(model: nn.Module) -> tuple[Body, Head]:
     """The body, token ids `[B, L]` to hidden states `[B, L, D]`, and the head, `[..., D]` to logits `[..., V]`.
 
-    Raises Unsplit for a model that cannot be taken apart. Whether the halves make the whole is tried, on four tokens.
-    Some bodies (Phi's) want to be given a `cache`, if only None.
+    Raises Unsplit for a model that cannot be split. A trial on four tokens compares the logits of body and head with
+    the model's. Some bodies (Phi's) require a `cache` argument, which may be None.
     """
     model = talking(model)
     probe = mx.array([[0, 1, 2, 3]])
@@ -56,16 +56,16 @@ def split_head(model: nn.Module) -> tuple[Body, Head]:
         head = _head(model, name, body)
         try:
             same = mx.allclose(head(body(probe, cache=None)), model(probe), rtol=1e-3, atol=1e-3).item()
-        except Exception as error:  # whatever the model's own code raises, or ours
+        except Exception as error:  # the model's code, or grpo's, may raise anything
             raise Unsplit(f"the trial failed: {cause(error)}") from error
         if not same:
-            raise Unsplit("this architecture's body and head, taken apart, give other logits than the model")
+            raise Unsplit("this architecture's body and head, run separately, give other logits than the model")
         return body, head
     raise Unsplit(f"this architecture has no module named {' or '.join(BODIES)}")
 
 
 def talking(model: nn.Module) -> nn.Module:
-    """Of a multimodal model the part that talks; any other model itself."""
+    """The language model inside a multimodal model; any other model is returned as it is."""
     while (inner := getattr(model, "language_model", None)) is not None:
         model = inner
     return model
@@ -86,6 +86,6 @@ def _head(model: nn.Module, name: str, body: nn.Module) -> Head:
 
 
 def head_parameters(model: nn.Module) -> Any:
-    """The trainable parameters outside the layers: what a head that trains could read."""
+    """The trainable parameters outside the layers, which a trained head may read."""
     trained = tree_flatten(model.trainable_parameters())
     return tree_unflatten([(path, array) for path, array in trained if "layers" not in path.split(".")])

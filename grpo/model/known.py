@@ -1,4 +1,4 @@
-"""The shapes of the models that the bundled recipes name, as their `config.json` has them: to reckon without a Hub."""
+"""The `config.json` shapes of the models in the bundled recipes, for estimates without the Hub."""
 
 from __future__ import annotations
 

@@ -1,15 +1,14 @@
-"""Completions behind one another: several go through the model in one line, each as if it were alone.
+"""Packing: several completions go through the model in one line, each as if it were alone.
 
-A line holds a prompt once, and behind it as many of its completions as there is room for; then another prompt with its
-completions, and so on. A mask keeps them apart, and each token has the position that it has in its own sequence, so
-what comes out is what whole sequences would give. With lengths that differ, lines leave far less padding than rows of
-one completion each.
+A line holds a prompt once, followed by as many of its completions as fit; then another prompt with its completions, and
+so on. A mask separates them, and each token has its position in its own sequence, so the results are those of whole
+sequences. If lengths differ, lines contain far less padding than rows of one completion each.
 
-A mask takes memory by the square of a line's width. A line that holds a single row needs none: the row sees what stands
-before each of its tokens, and nobody reads what comes out of the padding behind it.
+A mask takes memory by the square of a line's width. A line with a single row needs none: attention is causal, and
+nothing reads the results at the padding after the row.
 
-A completion of T tokens takes T places: before its first token stands its prompt's last token, which predicts it, and
-its own last token is left out, because it predicts nothing. So each place predicts one token.
+A completion of T tokens takes T places: the prompt's last token, which predicts the first token, comes first, and the
+completion's last token, which predicts nothing, is left out. So each place predicts one token.
 """
 
 from __future__ import annotations
@@ -36,19 +35,19 @@ _Ids = Sequence[int]
 
 
 class Unpacked(ValueError):
-    """Why completions of a model cannot go through it behind one another."""
+    """The model cannot process packed completions. The message is the reason."""
 
 
 class Lines(NamedTuple):
-    """R lines of W places, int32 `[R, W]` each; all are 0 in places that nothing stands in.
+    """R lines of W places, int32 `[R, W]` each; all are 0 in empty places.
 
-    token_ids   what the model reads
+    token_ids   the model's input tokens
     targets     the token that the place predicts, 0 in a prompt
-    rows        which row of the batch, counted from 1; 0 in a prompt
-    positions   the place of the token in its own sequence
-    prompts     which prompt of this line the token belongs to, counted from 1
+    rows        the row of the batch, counted from 1; 0 in a prompt
+    positions   the position of the token in its own sequence
+    prompts     the prompt of this line that the token belongs to, counted from 1
 
-    Without `positions` and `prompts` each line holds a single row, which begins where the line does.
+    Without `positions` and `prompts`, each line holds a single row, which begins at the line's first place.
     """
 
     token_ids: mx.array
@@ -59,14 +58,14 @@ class Lines(NamedTuple):
 
 
 def room(prompt: _Ids, completion: _Ids) -> int:
-    """The places that a completion takes in a line of its own."""
+    """Number of places that a prompt and one completion take in a line."""
     return len(prompt) - 1 + len(completion)
 
 
 def rows_by_line(rows: Sequence[tuple[_Ids, _Ids]], width: int) -> list[list[int]]:
-    """Prompts with completions, in their order, as lines of `width` places: which rows each line holds.
+    """Pack prompts with completions, in their order, into lines of `width` places. Returns each line's row numbers.
 
-    A new line begins where a row does not fit any more. Each row must fit in a line of its own.
+    A new line begins when a row no longer fits. Each row must fit in an empty line.
     """
     lines: list[list[int]] = []
     free, held = -1, set[_Ids]()
@@ -84,8 +83,8 @@ def rows_by_line(rows: Sequence[tuple[_Ids, _Ids]], width: int) -> list[list[int
 def laid_out(
     rows: Sequence[tuple[_Ids, _Ids]], count: int, width: int, alone: bool = False
 ) -> tuple[mx.array, list[int]]:
-    """Rows as arrays of `count` lines (see `rows_by_line`): those of `Lines` in one, `[5, R, W]` int32, and for each
-    row the first of its places, counted over all lines. With each row `alone` in a line they are `[3, R, W]`."""
+    """Rows as `count` lines (see `rows_by_line`): the five arrays of `Lines` stacked, `[5, R, W]` int32, and the first
+    place of each row, counted over all lines. With `alone` each row has its own line, and the array is `[3, R, W]`."""
     made, starts = np.zeros((5, count, width), np.int32), []
     for line, numbers in enumerate([[number] for number in range(len(rows))] if alone else rows_by_line(rows, width)):
         end, held = 0, dict[_Ids, int]()
@@ -108,10 +107,11 @@ def laid_out(
 
 
 def at_rows(values: mx.array, starts: mx.array, length: int, rows: mx.array) -> mx.array:
-    """Float32 values of places, `[R, W]`, as rows of completions: `[B, length]`. Behind a row's end they mean nothing.
+    """Float32 values of places `[R, W]`, rearranged as rows of completions `[B, length]`.
 
-    `rows` `[R, W]` says whose place each is, as in `Lines`. So the gradient is looked up as well, by the same kernel
-    for integers: a CUDA machine takes seconds to build another, and to build what scatters.
+    Values after a row's end are meaningless. `rows` `[R, W]` gives the row of each place, as in `Lines`. With it the
+    gradient is an indexing operation as well, with the same integer kernel: on CUDA, building another kernel, or one
+    that scatters, takes seconds.
     """
 
     @mx.custom_function
@@ -122,7 +122,7 @@ def at_rows(values: mx.array, starts: mx.array, length: int, rows: mx.array) -> 
     @taken.vjp
     def given_back(values: mx.array, slopes: mx.array, _: mx.array) -> mx.array:
         nobody, owners = mx.array([slopes.size]), rows.reshape(-1)
-        begins = mx.concatenate([nobody, mx.arange(0, slopes.size, length)])[owners]  # of the place's row in slopes
+        begins = mx.concatenate([nobody, mx.arange(0, slopes.size, length)])[owners]  # of the row in slopes, by place
         first = mx.concatenate([mx.array([0]), starts])[owners]
         (within,) = apart(mx.arange(values.size) - first)
         padded = mx.concatenate([slopes.reshape(-1), mx.zeros(1)])
@@ -136,7 +136,7 @@ def _looked_up(values: mx.array, places: mx.array) -> mx.array:
 
 
 class LineKeys:
-    """In the place of every layer's cache: says where each token stands and what it sees, and keeps nothing."""
+    """Replaces every layer's cache: provides positions and masks, and stores nothing."""
 
     def __init__(self, lines: Lines, dtype: mx.Dtype) -> None:
         self._lines, self._dtype = lines, dtype
@@ -144,14 +144,14 @@ class LineKeys:
 
     @property
     def offset(self) -> mx.array | int:
-        """The position of each token, `[R, W]`: for `by_token`. Where each line holds one row, that of the first."""
+        """The position of each token, `[R, W]`, for `by_token`; 0, the first position, if each line holds one row."""
         return 0 if self._lines.positions is None else self._lines.positions
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None, **_: Any) -> Any:
-        """What each token sees, `[R, 1, W, W]`: booleans where the model asks for an array, or what is added to scores.
-        Of a line with a single row, as of any sequence.
+        """The mask, `[R, 1, W, W]`: booleans if the model asks for an array, or else a bias for the scores.
 
-        MLX on CUDA would make the latter of booleans in every layer, for every head.
+        From booleans, MLX on CUDA would build the bias in every layer, for every head. Lines with a single row use the
+        ordinary causal mask.
         """
         lines = self._lines
         if lines.positions is None or lines.prompts is None:
@@ -164,7 +164,7 @@ class LineKeys:
         return meaning(self._masks[key], InLine(lines.positions, lines.prompts, lines.rows, window_size))
 
     def _sees(self, window: int | None) -> mx.array:
-        """Its own prompt and its own row up to itself, and of these what is in the window. Padding sees padding."""
+        """Each token sees its prompt and its row up to itself, within the window. Padding sees padding."""
         rows, positions, prompts = (cast(mx.array, array)[:, None] for array in self._lines[2:])
         place = mx.arange(positions.shape[-1])
         sees = (place[:, None] >= place[None]) & (prompts[..., :, None] == prompts[..., None, :])
@@ -174,7 +174,7 @@ class LineKeys:
         return sees
 
     def inside(self, layer: nn.Module) -> AbstractContextManager[None]:
-        """What a layer must be computed in, for gradient checkpointing."""
+        """The block in which gradient checkpointing must recompute a layer."""
         return by_token(layer)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -190,17 +190,17 @@ def by_token(model: nn.Module) -> Iterator[None]:
 
 
 def _turns(module: nn.Module) -> bool:
-    """Whether it is a rotary embedding, of whatever architecture: it is called with an `offset`, and has no parts."""
+    """Whether a module is a rotary embedding of any architecture: its call takes `offset`, and it has no children."""
     if isinstance(module, _ByToken):
-        return False  # in a block inside a block
+        return False  # nested blocks
     return not module.children() and "offset" in inspect.signature(type(module).__call__).parameters
 
 
 class _ByToken:
-    """Put before a rotary embedding's own class: it takes each token for a row of its own, which has an offset."""
+    """Mixin before a rotary embedding's class: each token becomes a row with its own offset."""
 
     def __call__(self: Any, x: mx.array, offset: Any = 0, *args: Any, **kwargs: Any) -> mx.array:
-        turn: Callable[..., mx.array] = super().__call__  # type: ignore[misc]  # the embedding's own
+        turn: Callable[..., mx.array] = super().__call__  # type: ignore[misc]  # the embedding's class
         if not isinstance(offset, mx.array) or offset.ndim < 2:
             return turn(x, offset, *args, **kwargs)
         batch, heads, length, width = x.shape
@@ -210,16 +210,16 @@ class _ByToken:
 
 
 def line_hidden(model: nn.Module, body: Body, depth: int, lines: Lines, dtype: mx.Dtype) -> mx.array:
-    """The hidden states of all places, `[R, W, D]`. `dtype` is the model's, `depth` how many layers have a cache."""
+    """The hidden states of all places, `[R, W, D]`. `dtype` is the model's; `depth` is the number of layer caches."""
     with by_token(model):
         hidden: mx.array = body(lines.token_ids, cache=[LineKeys(lines, dtype)] * depth)
     return hidden
 
 
 def check_lines(model: nn.Module, body: Body, layers: Sequence[Kind], dtype: mx.Dtype) -> None:
-    """Raise Unpacked where completions behind one another do not come out as whole sequences: tried on three rows."""
+    """Raise Unpacked if packed completions differ from whole sequences in a trial on three rows."""
     if any(kind is not PromptKeys for kind in layers):
-        raise Unpacked("its layers keep recurrent states, which go on from whatever stands before")
+        raise Unpacked("its layers keep recurrent states, which would carry over from one completion to the next")
     prompts, index, completions = [(1, 2, 3), (4, 5)], [0, 1, 1], [(6, 7), (8, 9), (10, 11)]
     rows = [(prompts[place], completion) for place, completion in zip(index, completions, strict=True)]
     laid, starts = laid_out(rows, 1, 10)
@@ -231,8 +231,8 @@ def check_lines(model: nn.Module, body: Body, layers: Sequence[Kind], dtype: mx.
         packed = mx.stack([hidden[0, start : start + 2] for start in starts])
         whole = hidden_at(body(tokens, cache=None), lengths, 2).astype(mx.float32)
         gap: Any = (mx.linalg.norm(packed - whole) / mx.linalg.norm(whole)).item()
-    except Exception as error:  # whatever the model's own code raises, or ours
+    except Exception as error:  # the model's code, or grpo's, may raise anything
         what = "the trial failed" if is_ours(error) else "this architecture does not take a position for each token"
         raise Unpacked(f"{what}: {cause(error)}") from error
-    if not gap < (0.01 if dtype == mx.float32 else 0.1):  # what rounding explains; what is wrong is of the order of 1
+    if not gap < (0.01 if dtype == mx.float32 else 0.1):  # rounding stays below; a real difference is ~1
         raise Unpacked(f"this architecture's attention depends on more than positions and masks (gap {gap:.2g})")

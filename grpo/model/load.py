@@ -1,4 +1,4 @@
-"""A model and its tokenizer from a Hub repository, a folder or a built-in maker, all through mlx-lm's loader."""
+"""Loads a model and its tokenizer, with mlx-lm's loader, from a Hub repository, a folder or a built-in model."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from grpo.model.widehead import wide_head, widen_head
 MOST_LAYERS = 2_000
 
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "*.tiktoken", "vocab.json", "vocab.txt")
-"""Files of which a model has one at least."""
+"""Patterns of tokenizer files. A model has at least one of them."""
 FETCHED = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja", "README.md"]
-"""What is taken of a repository: weights, tokenizer, and the card, which says the license."""
+"""Files to download from a repository: weights, tokenizer, and the model card, which states the license."""
 
 
 def load(cfg: ModelConfig, ranks: Ranks | None = None) -> tuple[nn.Module, TokenizerWrapper]:
-    """The model, its weights in `cfg.dtype` and frozen, and mlx-lm's tokenizer.
+    """The frozen model, with weights in `cfg.dtype`, and mlx-lm's tokenizer.
 
-    `ranks` are the processes that hold it together: this one gets its part, and never has more than that and a matrix.
-    Raises UserError for a model that cannot be fetched, a folder without config, tokenizer or safetensors, an
-    architecture that mlx-lm does not know, and weights that do not match it.
+    `ranks` are the processes that share the model: this process gets its part, and never holds more than its part and
+    one matrix. Raises UserError for a model that cannot be downloaded, a folder without config, tokenizer or
+    safetensors, an architecture that mlx-lm does not know, and weights that do not match the architecture.
     """
     folder = model_folder(cfg)
     check_files(cfg, folder)
@@ -50,18 +50,18 @@ def load(cfg: ModelConfig, ranks: Ranks | None = None) -> tuple[nn.Module, Token
 
 
 Classes = Callable[[Mapping[str, Any]], tuple[type[nn.Module], Any]]
-"""What a config's model is made of: its class, and that of its arguments."""
+"""Returns the model class and the arguments class for a config."""
 
 
 def read(cfg: ModelConfig, folder: Path, classes: Classes = model_classes) -> tuple[nn.Module, TokenizerWrapper]:
-    """The model in a folder, in `cfg.dtype` and quantised as `cfg` says, and its tokenizer. Nothing is computed yet.
+    """The model in a folder, in `cfg.dtype` and quantized as `cfg` says, and its tokenizer. Nothing is evaluated yet.
 
-    Raises UserError for what the loaders refuse.
+    Raises UserError if the loaders raise.
     """
     try:
         model, config = load_model(folder, lazy=True, get_model_classes=classes)
         tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
-    except Exception as error:  # whatever a file that is not what it should be makes the loaders raise
+    except Exception as error:  # a malformed file can make the loaders raise anything
         raise UserError(f"model {cfg.name}: {one_line(error)} (in {folder})") from error
     _let_long_texts_pass(tokenizer)
     if (dtype := _dtype(cfg)) is not None:
@@ -76,49 +76,49 @@ def read(cfg: ModelConfig, folder: Path, classes: Classes = model_classes) -> tu
 
 
 def _let_long_texts_pass(tokenizer: TokenizerWrapper) -> None:
-    """Keep transformers from its warning of a text that is longer than the model reads, "will result in indexing
-    errors": who encodes a text here sees to its length."""
-    known = getattr(tokenizer, "deprecation_warnings", {})
-    known["sequence-length-is-longer-than-the-specified-maximum"] = True  # it warns once
+    """Silence transformers' warning about texts that are longer than the model's limit ("will result in indexing
+    errors"): grpo checks lengths itself."""
+    shown = getattr(tokenizer, "deprecation_warnings", {})
+    shown["sequence-length-is-longer-than-the-specified-maximum"] = True  # transformers warns only once
 
 
 def settled(model: nn.Module) -> nn.Module:
-    """The model, frozen, with all its arrays computed."""
+    """Freeze the model and evaluate its arrays. Returns the model."""
     model.freeze()
     materialize(model.parameters())
     return model
 
 
 def _choose_head(model: nn.Module, cfg: ModelConfig) -> None:
-    """Let logits be float32 as `cfg.head_dtype` says. Raises UserError where that is asked for and cannot be had."""
+    """Make logits float32 if `cfg.head_dtype` says so. Raises UserError if float32 is required but impossible."""
     if cfg.head_dtype == "model" or dtype_of(model) == mx.float32:
         return
     if not widen_head(model) and cfg.head_dtype == "float32":
         raise UserError(
-            f"model.head_dtype: float32: {cfg.name} has no head that can be widened: no linear layer beside its body, "
-            "and no embedding, decides the dtype of its logits, or MLX cannot multiply by it in float32 on this GPU. "
-            "Leave the setting out to take the logits as they are"
+            f"model.head_dtype: float32: the head of {cfg.name} cannot compute in float32: either no linear layer "
+            "outside its body, and no embedding, determines the dtype of its logits, or MLX has no float32 product for "
+            "it on this GPU. Remove the setting to use the model's own logits"
         )
 
 
 def head_note(model: nn.Module, cfg: ModelConfig) -> str | None:
-    """What a person should know of the dtype of the logits, in one line; None of a float32 model's."""
+    """One line for the user about the dtype of the logits; None if nothing is worth saying."""
     dtype = str(dtype_of(model)).removeprefix("mlx.core.")
     if dtype == "float32":
-        asked = cfg.head_dtype == "float32"
-        return "model.head_dtype: float32 changes nothing here: the model is float32" if asked else None
+        is_set = cfg.head_dtype == "float32"
+        return "model.head_dtype: float32 changes nothing here: the model is float32" if is_set else None
     if wide_head(model) is not None:
         return f"logits are float32, from {dtype} hidden states (model.head_dtype)"
     why = (
         "as model.head_dtype says"
         if cfg.head_dtype == "model"
-        else "because no head was found that this machine multiplies by in float32"
+        else "because grpo found no head that this machine can multiply by in float32"
     )
     return f"logits are rounded to {dtype}, {why}: logprobs are up to 0.08 nats off"
 
 
 def check_files(cfg: ModelConfig, folder: Path) -> None:
-    """Raise UserError for a folder without what a model needs. (Without a tokenizer an empty one would be made.)"""
+    """Raise UserError for a folder that lacks a file. (Without tokenizer files, transformers creates an empty one.)"""
     if not (folder / "config.json").is_file():
         raise UserError(f"model {cfg.name}: no config.json in {folder}: not a model folder in Hub layout")
     try:
@@ -127,44 +127,44 @@ def check_files(cfg: ModelConfig, folder: Path) -> None:
         raise UserError(f"model {cfg.name}: config.json in {folder} is not JSON: {one_line(error)}") from None
     if not any(folder.glob("model*.safetensors")):
         raise UserError(
-            f"model {cfg.name}: no model*.safetensors in {folder}; weights in other formats (.bin, GGUF) are not read: "
-            "look for a copy of it in safetensors"
+            f"model {cfg.name}: no model*.safetensors in {folder}; grpo does not read other formats (.bin, GGUF): use "
+            "a copy of the model in safetensors"
         )
     if not any(found for pattern in TOKENIZER for found in folder.glob(pattern)):
         raise UserError(f"model {cfg.name}: no tokenizer ({', '.join(TOKENIZER)}) in {folder}")
 
 
 def check_config(config: Any) -> None:
-    """Raise UserError for a model's config that is no mapping, or has more layers than any model: they would be made
-    before the weights are looked at."""
+    """Raise UserError for a config that is not a mapping, or that has more layers than any model. mlx-lm would create
+    all these layers before it looks at the weights."""
     if not isinstance(config, Mapping):
         raise UserError("config.json: expected keys and values")
     for part in (config, *(inner for inner in config.values() if isinstance(inner, Mapping))):
         for name, value in part.items():
             if "layer" in name and isinstance(value, int | float) and value > MOST_LAYERS:
                 raise UserError(
-                    f"config.json: {name} is {value:.6g}, and no model has more than {MOST_LAYERS:,} layers"
+                    f"config.json: {name} is {value:.6g}, but no model has more than {MOST_LAYERS:,} layers"
                 )
 
 
 def _quantized(model: nn.Module, config: dict[str, Any], cfg: ModelConfig) -> nn.Module:
     assert cfg.quantize is not None
     if "quantization" in config:
-        raise UserError(f"model.quantize: {cfg.name} is quantised already, to {config['quantization']['bits']} bits")
+        raise UserError(f"model.quantize: {cfg.name} is already quantized, to {config['quantization']['bits']} bits")
     return quantize(model, config, **quantization(cfg.quantize).config)[0]
 
 
 def is_local(cfg: ModelConfig) -> bool:
-    """Whether the model is to be had without the Hub."""
+    """Whether the model is available without the Hub."""
     return cfg.name.startswith("builtin:") or Path(cfg.name).expanduser().is_dir()
 
 
 def model_folder(cfg: ModelConfig) -> Path:
-    """The folder with the model's files: made, found, or fetched from the Hub."""
+    """The folder with the model's files: created for a built-in model, found, or downloaded from the Hub."""
     if cfg.name in builtin_models.NAMES:
         return builtin_models.folder(cfg.name, new_model)
     if cfg.name.startswith("builtin:"):
-        raise UserError(f"model {cfg.name}: no such built-in; there is {', '.join(builtin_models.NAMES)}")
+        raise UserError(f"model {cfg.name}: no such built-in model; choose one of {', '.join(builtin_models.NAMES)}")
     folder = Path(cfg.name).expanduser()
     if folder.is_dir():
         if cfg.revision is not None:
@@ -176,17 +176,17 @@ def model_folder(cfg: ModelConfig) -> Path:
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether a name is rather meant here than on the Hub: `./a`, `a/b/c`, `a/`, what is below `runs`, and `a/b` where
-    there is a folder `a`."""
+    """Whether a name means a local path and not a Hub repository: `./a`, `a/b/c`, `a/`, a path below `runs`, and `a/b`
+    if there is a folder `a`."""
     path = Path(name).expanduser()
     shaped = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
     return shaped or path.exists() or path.parts[:1] == ("runs",) or (path.parent != Path() and path.parent.is_dir())
 
 
 def similar(folder: Path) -> str:
-    """`. Did you mean …?` with the most similar name beside a folder that is not there; nothing if none is similar."""
-    beside = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
-    close = difflib.get_close_matches(folder.name, beside, n=1)
+    """`. Did you mean …?` with the most similar sibling of a missing folder; empty if none is similar."""
+    siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+    close = difflib.get_close_matches(folder.name, siblings, n=1)
     return f". Did you mean {folder.parent / close[0]}?" if close else ""
 
 
@@ -200,8 +200,8 @@ def _fetch(cfg: ModelConfig) -> Path:
 
 
 def cast(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Make the weights of this dtype, but for those that the model wants to keep as they are (biases of routers), and
-    scales of whole matrices, which MLX takes in float32 alone."""
+    """Cast the weights to this dtype, except those that the model excludes (biases of routers) and global scales, which
+    MLX requires in float32."""
     wanted = getattr(model, "cast_predicate", lambda _path: True)
 
     def one(path: str, array: mx.array) -> mx.array:

@@ -1,7 +1,7 @@
 """mlx-lm's LoRA layer, computed in fewer passes over memory: y = x W + s x A B.
 
-Its own code multiplies by the scale and adds, forward and backward, in arrays as large as the layer's output. On a GPU
-that took as long as the products themselves. Here scale and sum are part of the product before them.
+mlx-lm's layer multiplies by the scale and adds, forward and backward, in arrays as large as the layer's output. On a
+GPU this took as long as the products themselves. Here the scale and the sum are part of the preceding product.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from grpo.model.tensor import ByColumn, ByRow, hand_over
 
 
 class FoldedLoRALinear(LoRALinear):  # type: ignore[misc]  # untyped
-    """A `LoRALinear` over a base that does not train. Parameters and files are mlx-lm's.
+    """A `LoRALinear` over a frozen base. Parameters and files have mlx-lm's names and shapes.
 
-    Where numbers are dropped, MLX finds the gradient: A's input is another than the base's then.
+    With dropout, MLX computes the gradient, because the inputs of A and of the base then differ.
     """
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -52,15 +52,15 @@ def _folded(base: nn.Module, scale: float, x: mx.array, a: mx.array, b: mx.array
 
 
 class ColumnLoRALinear(ByColumn, FoldedLoRALinear):
-    """Over a base by column: A is whole, B `[r, out / n]` is a part."""
+    """LoRA over a base divided by column: A is whole, B `[r, out / n]` is a part."""
 
 
 class RowLoRALinear(ByRow, FoldedLoRALinear):
-    """Over a base by row: A `[in / n, r]` is a part, B is whole, and base and adapter are summed at once."""
+    """LoRA over a base divided by row: A `[in / n, r]` is a part, B is whole. One sum covers base and adapter."""
 
 
 def fold(model: nn.Module) -> None:
-    """Have every LoRA layer over a linear one compute so."""
+    """Replace every LoRA layer over a linear layer by `FoldedLoRALinear`, in place."""
     for module in model.modules():
         if type(module) is LoRALinear:
             module.__class__ = FoldedLoRALinear

@@ -1,8 +1,8 @@
-"""Computing a model's arrays a few at a time.
+"""Evaluates a model's arrays one at a time, to keep peak memory low.
 
-MLX reads, casts and quantises weights when somebody looks at them. Looked at all at once, they are all there in float
-before the first is quantised: a model of 4 bits needs three to eight times its size to load. Looked at in turn, what
-each array is made of makes room for the next.
+MLX reads, casts and quantizes weights lazily. Evaluated together, all weights exist as floats before the first is
+quantized: a 4-bit model then needs three to eight times its size to load. Evaluated in turn, each array frees its
+sources before the next begins.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from mlx.utils import tree_flatten
 
 
 def materialize(parameters: Any) -> None:
-    """Compute a model's arrays one after another: beside the finished ones, only one is in the making.
+    """Evaluate a model's arrays one after another. The caller must not hold references to the arrays' sources.
 
-    What stands outside the layers (the embedding and the head, often ten times a layer's largest matrix) comes first,
-    while there is nothing else. So the peak is the finished model, or what the embedding is made of, if that is more: 6
-    bytes a number where bfloat16 is cast to float32 and then quantised (a CPU), 2 where it is quantised as it is. A
-    small model of 4 bits with a vocabulary of 150,000 tokens takes more while it is loaded than afterwards. Nobody else
-    must hold what the arrays are made of.
+    Arrays outside the layers (the embedding and the head, often ten times a layer's largest matrix) come first, while
+    memory is still empty. So the peak is the finished model, or the sources of the embedding if they are larger:
+    6 bytes per number if bfloat16 is cast to float32 and then quantized (on a CPU), 2 if it is quantized directly. A
+    small 4-bit model with a vocabulary of 150,000 tokens takes more memory during loading than afterwards.
     """
     arrays = tree_flatten(parameters)
     arrays.sort(key=lambda found: "layers" in found[0].split("."))
     for _, array in arrays:
         mx.eval(array)
-    mx.clear_cache()  # buffers of the size of float arrays, which nothing will ask for again
+    mx.clear_cache()  # cached buffers have the size of float arrays, which no later array needs

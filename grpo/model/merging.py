@@ -1,4 +1,4 @@
-"""Adapters put into the weights below them for good."""
+"""Merging adapters into the base weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from grpo.model.quantized import dequantized, dtype_of, quantized_like
 
 
 def merge(model: nn.Module, dequantize: bool = False) -> nn.Module:
-    """Put the adapter's layers into the weights below them, which stay quantised unless asked. Returns the model."""
+    """Merge the adapter's layers into the base weights, in place. Returns the model.
+
+    Quantized weights stay quantized unless `dequantize` is set.
+    """
     dtype = dtype_of(model)
     fused = [(path, _fused(m, dequantize, dtype)) for path, m in model.named_modules() if hasattr(m, "fuse")]
     model.update_modules(tree_unflatten(fused))
@@ -20,11 +23,11 @@ def merge(model: nn.Module, dequantize: bool = False) -> nn.Module:
 
 
 def _fused(layer: Any, dequantize: bool, dtype: mx.Dtype) -> nn.Module:
-    """A layer with its adapter in its weights, which are added up in `dtype` whatever they are stored in."""
+    """The base layer with the adapter added to its weights. The sum is computed in `dtype`."""
     base = layer.linear
     layer.linear = dequantized(base, dtype)
     stored = layer.linear.weight.dtype
-    if "m" in layer:  # DoRA: mlx-lm takes the norms of rows in the dtype of the weights, and training in float32
+    if "m" in layer:  # DoRA: training takes row norms in float32, mlx-lm's `fuse` in the dtype of the weights
         layer.linear.weight = layer.linear.weight.astype(mx.float32)
     made: nn.Module = layer.fuse()
     made.weight = made.weight.astype(stored)

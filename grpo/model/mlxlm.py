@@ -1,7 +1,7 @@
-"""The one door to mlx-lm: no other file of this package imports it.
+"""The only module that imports mlx-lm: every other file of this package imports mlx-lm's names from here.
 
-`__all__` is what grpo relies on. `tests/model/test_mlxlm_contract.py` says for each name which part of grpo needs it,
-and tests that it behaves as that part expects.
+`__all__` lists what grpo relies on. For each name, `tests/model/test_mlxlm_contract.py` says which part of grpo needs
+it, and tests that it behaves as that part expects.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from grpo.backend.imports import unseen
 from grpo.backend.versions import changed
 
 try:
-    with unseen("wandb"):  # mlx-lm's own training would import it: half a second at the start of every command
+    with unseen("wandb"):  # mlx-lm's training code imports it, which adds half a second to the start of every command
         from mlx_lm.generate import BatchGenerator, generate_step
         from mlx_lm.models.activations import swiglu
         from mlx_lm.models.base import create_causal_mask, scaled_dot_product_attention
@@ -34,7 +34,7 @@ try:
 except ImportError as error:
     if (error.name or "").startswith("mlx_lm."):
         raise changed("mlx-lm", error) from error
-    raise  # mlx-lm is not installed, or lacks a package of its own
+    raise  # mlx-lm is not installed, or one of its dependencies is missing
 
 __all__ = [
     "ArraysCache",
@@ -69,7 +69,7 @@ __all__ = [
 
 
 def model_classes(config: Mapping[str, Any]) -> tuple[type[nn.Module], Any]:
-    """The class of the model that a `config.json` describes, and that of its arguments, which has `from_dict`.
+    """The model class for a `config.json`, and the class of the model's arguments, which has `from_dict`.
 
     Raises ValueError for an architecture that mlx-lm does not know.
     """
@@ -78,7 +78,7 @@ def model_classes(config: Mapping[str, Any]) -> tuple[type[nn.Module], Any]:
 
 
 def new_model(config: Mapping[str, Any]) -> nn.Module:
-    """The model that a `config.json` describes, its weights drawn from MLX's global random state and not yet computed.
+    """The model that a `config.json` describes, with random weights from MLX's global state, not yet evaluated.
 
     Raises ValueError for an architecture that mlx-lm does not know.
     """
@@ -89,7 +89,10 @@ def new_model(config: Mapping[str, Any]) -> nn.Module:
 def quantize(
     model: nn.Module, config: Mapping[str, Any], group_size: int, bits: int, mode: str = "affine"
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The model (changed in place) with its linear layers and embeddings quantized, and the config that says so."""
-    with redirect_stdout(StringIO()):  # it prints the bits per weight
+    """Quantize the linear layers and embeddings of a model in place.
+
+    Returns the model, and the config with the quantization's settings.
+    """
+    with redirect_stdout(StringIO()):  # mlx-lm prints the bits per weight
         model, config = quantize_model(model, dict(config), group_size, bits, mode)
     return model, dict(config)

@@ -1,8 +1,8 @@
-"""Checkpointed layers' inputs in the host's memory until the backward pass asks for them.
+"""Stores the inputs of checkpointed layers in the host's memory until the backward pass needs them.
 
-What checkpointing keeps of a layer is its input: depth × tokens × hidden numbers, which of an 8B model in bfloat16 are
-295 KB a token, and with attention and the MLP in tiles nearly all that an update holds. A vault takes each input away
-while the layers after it are computed, and gives it back when the layer is computed again.
+Checkpointing stores each layer's input: depth × tokens × hidden numbers. In an 8B model in bfloat16 this is 295 KB per
+token, and with attention and the MLP in tiles it is nearly all of an update's memory. A vault moves each input away
+while the later layers are computed, and returns it when the layer is recomputed.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from grpo.backend import cuda, pinned
 from grpo.errors import UserError
 
 Checkpoint = Callable[[Callable[..., Any]], Callable[..., Any]]
-"""What `mx.checkpoint` is."""
+"""The type of `mx.checkpoint`."""
 Taking = Callable[[mx.array], mx.array]
 
 
 class Vault(Protocol):
-    """Where layers' inputs lie between the two passes."""
+    """Stores layers' inputs between the forward and the backward pass."""
 
     def begin(self) -> None:
-        """A new gradient begins: nothing that was put away before is asked for any more."""
+        """Call this before a new gradient: everything stored so far may be discarded."""
 
     def put(self, x: mx.array) -> tuple[mx.array, Taking]:
-        """A small array, which is there when `x` is put away, and what makes `x` of that array again."""
+        """Store `x`. Returns a small array that is computed once `x` is stored, and a function from it back to `x`."""
 
     def room(self) -> int:
-        """Bytes of layers' inputs that it may hold."""
+        """Bytes of layers' inputs that the vault can hold."""
 
     def note(self) -> str:
-        """What it takes, in a line."""
+        """One line about where inputs are stored, and how many bytes."""
 
 
 class OnHost:
-    """A vault in the host's memory, for CUDA. Raises RunError where the driver gives none."""
+    """A vault in the host's memory, for CUDA. Raises UserError if the driver refuses."""
 
     def __init__(self) -> None:
         self._arena = pinned.arena()
@@ -55,34 +55,34 @@ class OnHost:
         return self._arena.room
 
     def note(self) -> str:
-        held = f": {self._arena.bytes / 2**30:.1f} GB of it" if self._arena.bytes else ""  # nothing was measured
-        return f"the inputs of checkpointed layers lie in the machine's memory, not the device's{held}"
+        held = f": {self._arena.bytes / 2**30:.1f} GB of it" if self._arena.bytes else ""  # 0 before the first put
+        return f"the inputs of checkpointed layers are stored in the machine's memory, not the device's{held}"
 
 
 def vault_of(offloads: bool) -> Vault | None:
-    """The vault for `optim.offload_activations`; None without. Raises UserError on a machine where it has no use."""
+    """The vault for `optim.offload_activations`; None if that is off. Raises UserError on a machine without CUDA."""
     if not offloads:
         return None
     if not cuda.available():
         where = "Metal, whose GPU computes in" if mx.metal.is_available() else "a CPU, which computes in"
         raise UserError(
-            f"optim.offload_activations: this run is on {where} the machine's own memory: there is no other to move "
-            "layers' inputs to. Leave it out: it is for CUDA"
+            f"optim.offload_activations: this run is on {where} the machine's own memory: there is no other memory to "
+            "move layers' inputs to. Remove the setting: it is for CUDA"
         )
     return OnHost()
 
 
 def host_bytes(layers: int, tokens: int, hidden: int, itemsize: int) -> int:
-    """Bytes of the host's memory that a micro-batch of so many tokens takes, with so many layers checkpointed.
+    """Bytes of the host's memory for a micro-batch with this many tokens and checkpointed layers.
 
-    On the device the same bytes are not held: of layers' inputs there are two at a time.
+    The device does not hold these bytes: it has two layers' inputs at a time.
     """
     piece = -(-tokens * hidden * itemsize // pinned.ALIGNED) * pinned.ALIGNED
     return -(-layers * piece // pinned.PIECE) * pinned.PIECE
 
 
 def keeping_in(vault: Vault) -> Checkpoint:
-    """As `mx.checkpoint`, for functions of parameters, `x`, and anything more: `x` is kept in the vault."""
+    """Like `mx.checkpoint`, for functions of parameters, `x` and further arguments. `x` is stored in the vault."""
 
     def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda parameters, x, *rest: _kept(vault, function, parameters, x, rest)
@@ -99,11 +99,11 @@ def _kept(vault: Vault, function: Callable[..., Any], parameters: Any, x: mx.arr
         done, taking = vault.put(x)
         how.append(taking)
         parameters, rest = given
-        return done, function(parameters, x, *rest)  # both at once: the layers after this one wait for the copy
+        return done, function(parameters, x, *rest)  # joint outputs: later layers wait for the copy
 
     @forward.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        """As `mx.checkpoint` has it, but that `x` is not the one that went in: nothing holds that one."""
+        """As in `mx.checkpoint`, but with `x` read back from the vault, because nothing holds the original."""
         given, after = primals[1], leaves(cotangents[1])
         *arrays, done = mx.depends([*leaves(given), outputs[0]], after)
 

@@ -1,7 +1,7 @@
-"""A model's sizes from its config alone: no weights, nothing computed.
+"""A model's sizes from its config alone, without weights and without evaluating anything.
 
-mlx-lm's own code makes the model, and MLX computes an array only when somebody looks at it: so every architecture that
-mlx-lm knows can be counted exactly, with its biases, experts and quantisation, in milliseconds and no memory.
+mlx-lm builds the model, and MLX evaluates arrays lazily: so every architecture that mlx-lm knows is counted exactly,
+with its biases, experts and quantization, in milliseconds and without memory.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from grpo.model.stored import Stored, stored
 from grpo.model.tensor import divide
 
 USED_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts")
-"""How many experts a token meets, by the names that architectures have for it."""
+"""Config keys for the number of experts per token, which differ by architecture."""
 
 
 def costs_of_config(
     config: Mapping[str, Any], adapter: AdapterConfig | None = None, dtype: mx.Dtype | None = None
 ) -> Costs:
-    """The costs of the model that a `config.json` describes, with an adapter if there is one.
+    """The costs of the model that a `config.json` describes, with `adapter` if given.
 
-    `dtype` (default: the config's, or bfloat16) is that of what is not quantised. Raises UserError for an architecture
-    that mlx-lm does not know.
+    `dtype` (default: the config's, or bfloat16) is the dtype of weights that are not quantized. Raises UserError for an
+    architecture that mlx-lm does not know.
     """
     return costs_of(outline(config, adapter, dtype))
 
 
 def costs_of(model: nn.Module) -> Costs:
-    """The costs of a model as it is: with its adapter, as it is quantised, and by its dtype. Evaluates nothing.
+    """The costs of a model with its present adapter, quantization and dtype. Evaluates nothing.
 
-    Raises UserError for an architecture that keeps its sizes under other names than most.
+    Raises UserError for an architecture whose config stores its sizes under unknown names.
     """
     arrays = tree_flatten(model.parameters())
     modules = dict(model.named_modules())
@@ -66,7 +66,7 @@ def costs_of(model: nn.Module) -> Costs:
         heads=heads,
         kv_heads=_argument(model, "num_key_value_heads", default=heads),
         head_dim=_argument(model, "head_dim", default=embedding.inputs // heads),
-        itemsize=next((a.dtype.size for path, a in arrays if "norm" in path), 4),  # norms are never quantised
+        itemsize=next((a.dtype.size for path, a in arrays if "norm" in path), 4),  # norms are never quantized
     )
 
 
@@ -77,16 +77,16 @@ def outline(
     make: Callable[[Mapping[str, Any]], nn.Module] = new_model,
     ranks: Ranks | None = None,
 ) -> nn.Module:
-    """mlx-lm's model of a config, none of whose arrays has been computed: shapes and dtypes alone mean something.
+    """The model of a config with arrays that are never evaluated: only their shapes and dtypes have a meaning.
 
-    `make` makes it of the config. `ranks` are the processes that hold it together, which need not be there: the model
-    is what one of them has.
+    `make` builds the model from the config. `ranks` are the processes that share the model; they need not exist. The
+    result is one process's part.
     """
     check_config(config)
     try:
         model = make(config)
-    except Exception as error:  # whatever a config that is not what it should be makes mlx-lm's code raise
-        raise UserError(f"config.json: not a model that mlx-lm knows: {one_line(error)}") from error
+    except Exception as error:  # a malformed config can make mlx-lm's code raise anything
+        raise UserError(f"config.json: mlx-lm cannot build a model from it: {one_line(error)}") from error
     model.set_dtype(dtype or _dtype_of(config))
     if (how := stored(config)) is not None:
         _quantize(model, how)
@@ -98,7 +98,7 @@ def outline(
 
 
 def _quantize(model: nn.Module, how: Stored) -> None:
-    """As mlx-lm's loader does: by the settings of a path where it has its own, or else by those of all."""
+    """Quantize as mlx-lm's loader does: with a path's own settings if it has any, or else with the common ones."""
     settings = how.settings
     size = settings["group_size"]
 
@@ -120,7 +120,7 @@ def _dtype_of(config: Mapping[str, Any]) -> mx.Dtype:
 
 
 def _products(model: nn.Module, module: nn.Module) -> list[Product]:
-    """What tokens are multiplied with in a module itself; the layer inside an adapter's is a module of its own."""
+    """The matrices of this module alone. The base layer inside an adapter's layer is a separate module."""
     if isinstance(module, LINEAR):
         return [_matrix(model, module)]
     if "lora_a" not in module:
@@ -135,7 +135,7 @@ def _products(model: nn.Module, module: nn.Module) -> list[Product]:
 
 
 def _matrix(model: nn.Module, module: nn.Module) -> Product:
-    """A layer's own matrix."""
+    """The weight matrix of a linear layer or an embedding."""
     *experts, outputs, inputs = _shape(module)
     nbytes = sum(module[name].nbytes for name in ("weight", "scales", "biases") if module.get(name) is not None)
     trains = "weight" in module.trainable_parameters()
@@ -145,13 +145,13 @@ def _matrix(model: nn.Module, module: nn.Module) -> Product:
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:
-    """Of a layer's matrix: a quantised one keeps several numbers in a word, but a scale for so many numbers."""
+    """The unpacked shape of a layer's matrix. A quantized matrix packs several numbers into a word."""
     shape: tuple[int, ...] = module["weight"].shape
     return (*shape[:-1], module["scales"].shape[-1] * module.group_size) if "scales" in module else shape
 
 
 def _numbers(module: nn.Module) -> int:
-    """How many numbers a module holds itself, the words, scales and offsets of a quantised matrix being its numbers."""
+    """Number of parameters of this module alone. A quantized matrix counts with its unpacked shape."""
     own = {name: a for name, a in module.items() if isinstance(a, mx.array) and not name.startswith("_")}
     if "scales" in own:
         return math.prod(_shape(module)) + (own["bias"].size if "bias" in own else 0)
@@ -159,17 +159,20 @@ def _numbers(module: nn.Module) -> int:
 
 
 def used_experts(model: nn.Module, default: int | None = None) -> int:
-    """How many experts a token meets. Raises UserError where its config does not say so and there is no `default`."""
+    """Number of experts per token. Raises UserError if the config does not say it and there is no `default`."""
     return _argument(model, *USED_EXPERTS, default=default)
 
 
 def _argument(model: nn.Module, *names: str, default: int | None = None) -> int:
-    """A size from the model's config, or from the part of it that is about text."""
+    """A size from the model's config, or from its `text_config`."""
     inner = getattr(model.args, "text_config", None) or {}
     for name in names:
         for value in (getattr(model.args, name, None), inner.get(name)):
             if value is not None:
                 return int(value)
     if default is None:
-        raise UserError(f"{model.args.model_type}: its config has no {' or '.join(names)}: its costs are not known")
+        raise UserError(
+            f"{model.args.model_type}: grpo cannot compute this model's costs, because its config has no "
+            f"{' or '.join(names)}"
+        )
     return default

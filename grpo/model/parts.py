@@ -1,4 +1,4 @@
-"""Flat parts of large arrays, one for each of several processes (`grpo.model.fsdp`)."""
+"""Flat parts of large arrays, one part per process (`grpo.model.fsdp`)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from grpo.backend.ranks import Ranks
 from grpo.model.shards import PRECISE, Shards
 
 LEAST = 2**12
-"""Numbers of an array that is divided; smaller ones (norms, biases) are whole in every process."""
+"""Fewest numbers of an array that is divided. Smaller arrays (norms, biases) are whole in every process."""
 ALIGNED = 256
-"""Parts have a multiple of so many numbers: 8-bit moments have a scale for each 256, and no two processes share one."""
+"""The length of a part is a multiple of this: 8-bit moments have one scale per 256 numbers, which no two processes may
+share."""
 SCALES = ".scales"
-"""How the names end that an optimizer gives to the scales of moments in 8 bits."""
+"""Suffix of the names that an optimizer gives to the scales of 8-bit moments."""
 ADAPTERS = "lora_a", "lora_b", "m"
 
 
 @dataclass(frozen=True, slots=True)
 class ArrayPlace:
-    """Where a divided array is held, and what the whole is."""
+    """The module and name that hold a divided array, and the whole array's shape and size."""
 
     holder: Any
     name: str
@@ -40,35 +41,37 @@ class ArrayPlace:
 
 
 class Parts:
-    """How arrays are divided among `ranks`: one-dimensional parts of the same length, with zeros behind the last
-    numbers. `copies` are the processes that have the same parts in other such groups."""
+    """Divides arrays among `ranks` into one-dimensional parts of the same length, padded with zeros at the end.
+
+    `copies` are the processes that hold the same parts in other groups.
+    """
 
     def __init__(self, ranks: Ranks, copies: Ranks) -> None:
         self.ranks, self.copies = ranks, copies
         self.is_silent = False
-        """Whether nothing is exchanged: what is computed means nothing then, but takes as much memory."""
+        """Whether nothing is exchanged: results are then meaningless, but take as much memory as real ones."""
 
     def part_of(self, array: mx.array) -> mx.array:
-        """This process's part of a whole array, not yet computed."""
+        """This process's part of a whole array, not yet evaluated."""
         length = self.length(array.size)
         start = min(self.ranks.rank * length, array.size)
         own = array.reshape(-1)[start : start + length]
         return mx.contiguous(mx.pad(own, (0, length - own.size)) if own.size < length else own)
 
     def length(self, size: int) -> int:
-        """Numbers in a part of an array of so many."""
+        """The length of one part of an array with `size` numbers."""
         return -(-size // (self.ranks.size * ALIGNED)) * ALIGNED
 
     def joined(self, part: mx.array, place: ArrayPlace) -> mx.array:
-        """The whole of everybody's parts, computed. All processes must ask."""
+        """The whole array, gathered from all processes and evaluated. All processes must call this."""
         whole = self.ranks.join(part, 0)[: place.size].reshape(place.shape)
         mx.eval(whole)
         return whole
 
 
 class FlatShards(Shards):
-    """Which of the arrays that train are parts while they are spread: of these, gradient and optimizer's state are
-    parts all the time."""
+    """Which trained arrays are divided while the model is spread. Their gradients and optimizer states are always
+    divided."""
 
     def __init__(self, parts: Parts, places: Mapping[str, ArrayPlace]) -> None:
         super().__init__()
@@ -91,9 +94,6 @@ class FlatShards(Shards):
         copies = Ranks() if self._parts.is_silent else self._parts.copies
         return [(parts, copies), ([path for path in paths if path not in set(parts)], ranks)]
 
-    def whole(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        return {path: self.whole_of(path, array) for path, array in arrays.items()}
-
     def part_of(self, path: str, array: mx.array) -> mx.array:
         if self._base(path) is None or not array.ndim:
             return array
@@ -104,7 +104,6 @@ class FlatShards(Shards):
         return self._parts.part_of(array)
 
     def whole_of(self, path: str, array: mx.array) -> mx.array:
-        """The whole of everybody's parts; of what is whole, itself."""
         base = self._base(path)
         if base is None or not array.ndim:
             return array
@@ -116,7 +115,7 @@ class FlatShards(Shards):
         return self._parts.joined(array, place)
 
     def _base(self, path: str) -> str | None:
-        """The path of what trains, of that or of the name of what an optimizer keeps of it."""
+        """The path of the divided array that `path` means: itself, or an optimizer's state for it. None for others."""
         path = path.removeprefix(PRECISE)
         for _ in range(3):  # `weight`, `weight.m`, and `weight.m.codes`
             if path in self.places:
@@ -126,7 +125,7 @@ class FlatShards(Shards):
 
 
 def places_below(module: nn.Module) -> list[ArrayPlace]:
-    """The arrays below a module that are divided."""
+    """The arrays in a module and its submodules that are divided."""
     return [
         ArrayPlace(inner, name, tuple(array.shape), array.size)
         for inner in module.modules()

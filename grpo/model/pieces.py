@@ -1,7 +1,7 @@
-"""A function of rows that takes each row by itself, computed for some rows at a time.
+"""Computes a row-wise function for a few rows at a time.
 
-Memory then grows with the piece and not with the rows: the backward pass computes the inside of a piece again, and MLX,
-which would compute independent pieces side by side, is made to wait for each before it begins the next.
+Memory then grows with the piece and not with the number of rows: the backward pass recomputes a piece's intermediate
+arrays, and each piece waits for the one before it, because MLX would compute independent pieces in parallel.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 OfRows = Callable[[int, mx.array], tuple[mx.array, ...]]
-"""The number of the first row and rows `[n, ...]` to arrays `[n, ...]`."""
+"""Takes the number of the first row, and rows `[n, ...]`. Returns arrays `[n, ...]`."""
 
 
 def in_pieces(function: OfRows, rows: mx.array, size: int, module: nn.Module, parameters: Any) -> tuple[mx.array, ...]:
-    """What `function` gives of all the rows `[N, ...]`: arrays `[N, ...]`, computed `size` rows at a time.
+    """`function` of all rows `[N, ...]`: arrays `[N, ...]`, computed `size` rows at a time.
 
-    The rows have a gradient, and so have `parameters`, a tree of `module`'s trainable parameters: those which the
-    function reads. Their gradients are summed over the pieces in float32.
+    The rows have a gradient, and so do `parameters`, a tree of the trainable parameters of `module` that the function
+    reads. The parameters' gradients are summed over the pieces in float32.
     """
     flat = tree_flatten(parameters)
     paths, weights = [path for path, _ in flat], [array for _, array in flat]

@@ -34,18 +34,18 @@ from grpo.model.rowwise import RowWise
 from grpo.model.shards import Shards
 from grpo.model.sharing import Unshared, hidden_at, shared_hidden, shared_layers, whole_sequences
 
-KEEPS = "attention keeps its scores for the backward pass, which take memory by the square of the length"
+KEEPS = "attention keeps its scores for the backward pass, which takes memory proportional to the square of the length"
 
-ALL_TOKENS = "a checkpointed layer's MLP is computed for all tokens at once in the backward pass"
+ALL_TOKENS = "the backward pass computes a checkpointed layer's MLP for all tokens together, which takes more memory"
 
 
 class Policy:
-    """A model with its adapters, and the logprobs it gives to completions.
+    """A model with its adapters, and the logprobs that it assigns to completions.
 
-    `slow` says for what reasons, if any, training goes a slower way with this model. `share_prompts` and
-    `gradient_checkpointing` (all layers, none, or how many from the first) change memory and speed, not what comes out.
-    So do a `vault`, where checkpointed layers' inputs lie until the backward pass, and `logits`, the most that are
-    there at once.
+    `slow` lists the reasons, if any, why training takes a slower path with this model. Some settings change memory and
+    speed, but no results: `share_prompts`; `gradient_checkpointing` (all layers, none, or a number of layers, from the
+    first); a `vault`, which stores the inputs of checkpointed layers until the backward pass; and `logits`, the largest
+    number of logits in memory.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Policy:
         try:
             self._layers = self._shared_layers(self.split[0])
         except Unshared as reason:
-            self.slow.append(f"each completion trains with a prompt of its own, not its group's: {reason}")
+            self.slow.append(f"the prompt is computed again for each completion, not once per group: {reason}")
         return bool(self._layers)
 
     def _shared_layers(self, body: Body) -> list[Kind]:
@@ -104,52 +104,52 @@ class Policy:
             try:
                 layers = shared_layers(self.model, body)
             except Unshared:
-                self._in_tiles = in_tiles  # it is not to blame
+                self._in_tiles = in_tiles  # tiles are not the cause
                 raise
             self.slow.append(f"{KEEPS}: {reason}")
             return layers
 
     @property
     def notes(self) -> list[str]:
-        """What there is to say of how training goes."""
+        """Notes for the user about the paths that training takes."""
         return self.slow if self.vault is None else [*self.slow, self.vault.note()]
 
     @property
     def most_pairs(self) -> int | None:
-        """Pairs of tokens whose scores each pass keeps for the backward pass, at most; None where all are kept."""
+        """Most (query, key) pairs whose scores a pass stores for the backward pass; None if all scores are stored."""
         if self._in_tiles is None or self._fault:
             return None
         return most_pairs(int(getattr(self.model.args, "num_attention_heads", 1)))
 
     @property
     def packs(self) -> bool:
-        """Whether completions may go through the model behind one another (`line_logprobs`): tried when first asked."""
+        """Whether completions may be packed (`line_logprobs`). The first call runs a trial."""
         if self._lines is None:
             self._lines = self.share_prompts and self._can_pack()
         return self._lines
 
     def _can_pack(self) -> bool:
-        assert self.split is not None, "prompts could not be shared without"
+        assert self.split is not None, "shared prompts need a split model"
         try:
             with self._attention():
                 check_lines(self.model, self.split[0], self._layers, self.dtype)
         except Unpacked as reason:
-            self.slow.append(f"each completion trains in a row of its own, not behind others: {reason}")
+            self.slow.append(f"completions are not packed; each trains in its own row: {reason}")
             return False
         return True
 
     @property
     def shards(self) -> Shards:
-        """Which arrays of a gradient, and of an optimizer's state, are parts of larger ones."""
+        """Which arrays of gradients and of the optimizer's state are parts of larger arrays."""
         return self.adapters.shards if self.spread is None else self.spread.shards
 
     @property
     def is_spread(self) -> bool:
-        """Whether this process has parts of the weights at the moment (`model.shard: fsdp`)."""
+        """Whether this process now holds only parts of the weights (`model.shard: fsdp`)."""
         return self.spread is not None and self.spread.is_on
 
     def spreading(self) -> AbstractContextManager[None]:
-        """A block in which processes that spread the weights have their parts alone."""
+        """A block in which processes that spread the weights hold only their parts."""
         return nullcontext() if self.spread is None else self.spread.begun()
 
     @property
@@ -161,13 +161,13 @@ class Policy:
         return nullcontext() if self.spread is None else self.spread.through()
 
     def use(self, state: str) -> AbstractContextManager[None]:
-        """Be another state of the adapter (`"reference"`: the base model) inside a `with` block."""
+        """A `with` block in which another state of the adapter is active (`"reference"`: the base model)."""
         return self.adapters.use(state)
 
     @contextmanager
     def _attention(self) -> Iterator[None]:
-        """Compute attention in tiles inside the block. MLX on a GPU has a fused forward pass: where there is to be no
-        gradient, it serves."""
+        """Compute attention in tiles inside the block, except on a GPU without a gradient, where MLX's fused forward
+        pass is used."""
         if self._in_tiles is None or (on_gpu() and not self.model.training):
             yield
             return
@@ -176,7 +176,7 @@ class Policy:
 
     @contextmanager
     def _through_layers(self) -> Iterator[None]:
-        """In what hidden states are computed."""
+        """The block in which hidden states are computed."""
         on, checkpoint_of = self.gradient_checkpointing, self._checkpoint_of
         if self.is_spread:
             on, checkpoint_of = True, self._spread.checkpoint
@@ -189,9 +189,9 @@ class Policy:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Take a gradient inside this block: outside, some models (recurrent ones) use kernels that have none.
+        """The block in which gradients are taken. Outside it, some (recurrent) models use kernels without a gradient.
 
-        With a vault, a gradient must have been evaluated before the next block begins.
+        With a vault, a gradient must be evaluated before the next block begins.
         """
         former = self.model.training
         self.model.train()
@@ -199,7 +199,7 @@ class Policy:
             self.spread.begin()
         if self.vault is not None:
             self.vault.begin()
-            # Elsewhere there is no backward pass to give anything back to.
+            # Only here: without a backward pass, nothing would take the inputs out of the vault again.
             self._checkpoint_of = always(keeping_in(self.vault))
         try:
             yield
@@ -211,14 +211,14 @@ class Policy:
 
     @property
     def vocabulary(self) -> int:
-        """How many logits a token has."""
+        """Number of logits per token."""
         with self._gathering():
-            size: int = self.model(mx.array([[0]])).shape[-1]  # the shape alone: nothing is computed
+            size: int = self.model(mx.array([[0]])).shape[-1]  # only the shape: nothing is evaluated
         return size
 
     @property
     def dtype(self) -> mx.Dtype:
-        """What the model computes in."""
+        """The dtype that the model computes in."""
         return dtype_of(self.model)
 
     def logprobs(
@@ -231,10 +231,10 @@ class Policy:
     ) -> tuple[mx.array, ...]:
         """Logprobs and entropies of completions, teacher-forced, at the sampling temperature.
 
-        tokens `[B, L]` prompt and completion, padded on the right (a causal model does not see what comes later,
-        so no mask is needed); prompt_lengths `[B]`; completion_ids `[B, T]`. Returns two fp32 `[B, T]` arrays;
-        what they hold on padding is finite and means nothing. Entropies carry a gradient if `entropy_gradient`; without
-        `entropies` they are not computed, and the logprobs are all that is returned.
+        tokens `[B, L]` prompt and completion, padded on the right (a causal model does not see later tokens, so no mask
+        is needed); prompt_lengths `[B]`; completion_ids `[B, T]`. Returns two fp32 `[B, T]` arrays, whose values on
+        padding are finite but meaningless. Entropies carry a gradient if `entropy_gradient` is set. Without `entropies`
+        they are not computed, and only logprobs are returned.
         """
         hidden = self._hidden(tokens, prompt_lengths, completion_ids)
         if self.split is not None:
@@ -253,9 +253,9 @@ class Policy:
         entropy_gradient: bool = False,
         entropies: bool = True,
     ) -> tuple[mx.array, ...]:
-        """The same for completions `[B, T]` of prompts `[P, L]`, row b's being `prompt_index[b]`.
+        """`logprobs` for completions `[B, T]` of prompts `[P, L]`, where row b has the prompt `prompt_index[b]`.
 
-        With `share_prompts` each prompt goes through the model once, or else once for each of its completions.
+        With `share_prompts`, each prompt goes through the model once; otherwise once per completion.
         """
         if self.split is None:
             tokens, lengths = whole_sequences(prompt_ids, prompt_lengths, prompt_index, completion_ids)
@@ -266,8 +266,8 @@ class Policy:
     def line_logprobs(
         self, lines: mx.array, starts: mx.array, length: int, entropy_gradient: bool = False, entropies: bool = True
     ) -> tuple[mx.array, ...]:
-        """The same for completions that stand behind one another: `lines` `[5 or 3, R, W]` as `grpo.model.lines` lays
-        them out, `starts` `[B]` the place of each row's first token. Returns `[B, length]`."""
+        """`logprobs` for packed completions: `lines` `[5 or 3, R, W]` as laid out by `grpo.model.lines`, and `starts`
+        `[B]`, the place of each row's first token. Returns `[B, length]` arrays."""
         laid = Lines(*lines)
         found = self._projected(self.line_hidden(laid), laid.targets, entropy_gradient, entropies)
         return tuple(at_rows(values, starts, length, laid.rows) for values in found)
@@ -275,7 +275,8 @@ class Policy:
     def hidden_logprobs(
         self, hidden: mx.array, tokens: mx.array, entropy_gradient: bool, beside: Beside
     ) -> tuple[mx.array, ...]:
-        """The same from hidden states `[B, T, D]` that predict tokens `[B, T]`, and what is computed `beside`."""
+        """Logprobs and entropies from hidden states `[B, T, D]` that predict tokens `[B, T]`, and the values that
+        `beside` computes from the same logits."""
         return self._projected(hidden, tokens, entropy_gradient, True, beside)
 
     def line_hidden(self, lines: Lines) -> mx.array:
@@ -288,7 +289,7 @@ class Policy:
     def group_hidden(
         self, prompt_ids: mx.array, prompt_lengths: mx.array, prompt_index: mx.array, completion_ids: mx.array
     ) -> mx.array:
-        """The hidden states (without a head that can be split off: the logits) that predict the completions' tokens."""
+        """The hidden states that predict the completions' tokens; if the head cannot be split off, the logits."""
         if not self.share_prompts:
             tokens, lengths = whole_sequences(prompt_ids, prompt_lengths, prompt_index, completion_ids)
             return self._hidden(tokens, lengths, completion_ids)
@@ -322,7 +323,7 @@ class Policy:
         head = self.split[1]
 
         def project(hidden: mx.array) -> tuple[mx.array, ...]:
-            chunk = chunk_tokens(head(hidden[:1, :1]).shape[-1], self.logits)  # the shape alone: nothing is computed
+            chunk = chunk_tokens(head(hidden[:1, :1]).shape[-1], self.logits)  # only the shape: nothing is evaluated
             return chunked_logprobs(
                 hidden, tokens, head, self.temperature, chunk, entropy_gradient, self.model, entropies, beside
             )
@@ -334,11 +335,11 @@ class Policy:
 
 
 def _check_called(model: nn.Module) -> None:
-    """Raise UserError for a model that cannot be called as training calls it. Nothing is computed."""
+    """Raise UserError for a model that cannot be called as training calls it. Nothing is evaluated."""
     try:
         model(mx.array([[1, 2, 3]]), cache=None)
-    except Exception as error:  # whatever the model's own code raises
+    except Exception as error:  # the model's code may raise anything
         raise UserError(
-            "this model cannot be trained: training calls it on whole sequences as model(tokens, cache=None), without "
-            f"a cache, and it raises {cause(error)}. Let its __call__ take that"
+            "this model cannot be trained: training calls it on whole sequences without a cache, as model(tokens, "
+            f"cache=None), and this raises {cause(error)}. Make the model's __call__ accept cache=None"
         ) from error

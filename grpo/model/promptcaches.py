@@ -1,9 +1,9 @@
-"""What stands in a layer's cache while prompts run once and their completions go on from them.
+"""Layer caches for training with shared prompts: each prompt runs once, and its completions continue from it.
 
-A first pass records what each layer leaves of P prompts, `PromptKeys` or `PromptState`; a second one, of B completions,
-reads it row by row, `MoreKeys` or `MoreState`. All of it stays in the graph, so gradients flow through both passes.
-`inputs`, `bind`, `outputs` and `keep` are for gradient checkpointing, which wants to be handed what a layer reads and
-leaves outside its arguments.
+In the first pass, `PromptKeys` or `PromptState` records each layer's keys and values or states of P prompts. In the
+second pass, over B completions, `MoreKeys` or `MoreState` reads the records row by row. Everything stays in the graph,
+so gradients flow through both passes. `inputs`, `bind`, `outputs` and `keep` are for gradient checkpointing, which must
+know the arrays that a layer reads and writes outside its arguments.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from grpo.model.promptrows import looked_up, summed_by_prompt
 from grpo.model.sight import Causal
 
 NOWHERE = 2**30
-"""A place behind every token."""
+"""A position after every token."""
 
 
 class RowPrompts:
-    """Which prompt each row goes on from, and what it sees."""
+    """The prompt of each row, and the masks over prompts and completions."""
 
     def __init__(self, prompt_lengths: mx.array, index: mx.array, width: int, dtype: mx.Dtype) -> None:
         self.index = index
@@ -35,7 +35,7 @@ class RowPrompts:
         self._biases: dict[int | None, mx.array] = {}
 
     def bias(self, n: int, window: int | None) -> mx.array:
-        """The mask as what is added to scores. MLX on CUDA would make it of booleans in every layer, for every head."""
+        """The mask as a bias that is added to scores. From booleans, MLX on CUDA would build it per layer and head."""
         if window not in self._biases:
             nothing, everything = mx.array(0, self._dtype), mx.array(mx.finfo(self._dtype).min, self._dtype)
             self._biases[window] = mx.where(*apart(self.mask(n, window), nothing, everything))
@@ -45,7 +45,7 @@ class RowPrompts:
         """`[B, 1, n, prompt width + n]` bool: the row's own prompt, and its completion up to each token itself."""
         if window not in self._masks:
             lengths, query = self.lengths[:, None, None, None], mx.arange(n)[:, None]
-            # Of each column its place in the prompt and in the completion; where it has none, one that nobody sees.
+            # Each column's position in the prompt and in the completion; NOWHERE, which no query sees, if it has none.
             prompt = mx.concatenate([mx.arange(self._width), mx.full((n,), NOWHERE)])
             own = mx.concatenate([mx.full((self._width,), NOWHERE), mx.arange(n)])
             sees_prompt, sees_own = mx.less(*apart(prompt, lengths)), mx.less_equal(*apart(own, query))
@@ -76,24 +76,24 @@ class PromptKeys:
         return MoreKeys(self.outputs(), rows)
 
     def inputs(self) -> list[mx.array]:
-        """What the layer reads from here and has a gradient."""
+        """The arrays that the layer reads from this cache and that need a gradient."""
         return []
 
     def bind(self, inputs: list[mx.array]) -> None:
-        """Begin anew, and read these in their place: the same values, as a transformation's inputs."""
+        """Reset, and read `inputs` instead of the stored arrays: the same values, as inputs of a transformation."""
 
     def outputs(self) -> list[mx.array]:
-        """What the layer leaves here."""
+        """The arrays that the layer wrote into this cache."""
         return [] if self.keys is None or self.values is None else [self.keys, self.values]
 
     def keep(self, outputs: list[mx.array]) -> None:
-        """Hold these as what the layer left: a transformation's outputs."""
+        """Store `outputs`, a transformation's outputs, as the arrays that the layer wrote."""
         if outputs:
             self.keys, self.values = outputs
 
 
 class MoreKeys:
-    """Appends completions' keys and values to those of their prompts: row b goes on from prompt `index[b]`."""
+    """Appends keys and values of completions to those of their prompts: row b continues from prompt `index[b]`."""
 
     def __init__(self, prompt: list[mx.array], rows: RowPrompts) -> None:
         self._rows = rows
@@ -105,13 +105,13 @@ class MoreKeys:
         return self._rows.lengths
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None, **_: Any) -> mx.array:
-        """What each token sees: as booleans where the model asks for an array (to use it itself), or to be added."""
+        """The mask: booleans if the model asks for an array (to use it itself), or else a bias for the scores."""
         rows = self._rows
         mask = rows.mask(n, window_size) if return_array else rows.bias(n, window_size)
         return meaning(mask, Causal(window_size, rows.lengths))
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """The rows' own alone, if `attend` is asked for attention."""
+        """The rows' keys and values. Without attention in tiles, those of their prompts come before them."""
         return (keys, values) if under_way() is not None else self._behind_prompts(keys, values)
 
     def attend(
@@ -123,7 +123,7 @@ class MoreKeys:
         mask: mx.array | None,
         sinks: mx.array | None,
     ) -> mx.array:
-        """Attention over the row's prompt and the row itself, in the place of mlx-lm's."""
+        """Attention over the row's prompt and the row itself, instead of mlx-lm's attention."""
         now = under_way()
         if now is None:
             return mlx_lms(queries, keys, values, scale, mask, sinks)
@@ -151,7 +151,7 @@ class MoreKeys:
 
 
 class PromptState:
-    """Records one recurrent layer's arrays as they are where each prompt ends, `[P, …]` each."""
+    """Records one recurrent layer's arrays at the end of each prompt, `[P, …]` each."""
 
     left_padding = None
 
@@ -167,11 +167,11 @@ class PromptState:
         self._left[number] = array
 
     def make_mask(self, n: int, **_: Any) -> mx.array:
-        """`[P, n]` bool: padding behind a prompt does not change its state."""
+        """`[P, n]` bool: padding after a prompt does not change its state."""
         return mx.arange(n) < self.lengths[:, None]
 
     def advance(self, n: int) -> None:
-        """There is one pass."""
+        """No-op: the cache is used for a single forward pass."""
 
     def continued(self, rows: RowPrompts) -> MoreState:
         return MoreState(self._left, rows)
@@ -190,7 +190,7 @@ class PromptState:
 
 
 class MoreState:
-    """Goes on from the prompts' states: row b from that of prompt `index[b]`."""
+    """Continues from the prompts' states: row b from the state of prompt `index[b]`."""
 
     lengths = left_padding = None
 
@@ -208,10 +208,10 @@ class MoreState:
         self._own[number] = array
 
     def make_mask(self, _n: int, **_: Any) -> None:
-        """Padding is behind all that counts."""
+        """No mask needed: padding is on the right, after every real token."""
 
     def advance(self, n: int) -> None:
-        """There is one pass."""
+        """No-op: the cache is used for a single forward pass."""
 
     def inputs(self) -> list[mx.array]:
         return list(self._prompt.values())
@@ -228,14 +228,14 @@ class MoreState:
 
 
 def causal_mask(n: int, return_array: bool, window: int | None) -> Any:
-    """What a model gets for the mask of `n` tokens, each of which sees what stands before it, within its window."""
+    """The causal mask of `n` tokens, within a window if there is one: an array, or mlx-lm's "causal"."""
     if return_array or (window and n > window):
         return meaning(create_causal_mask(n, window_size=window), Causal(window))
     return "causal"
 
 
 def for_rows(prompts: mx.array, index: mx.array) -> mx.array:
-    """Of `[P, ...]` the one that each row goes on from, `[B, ...]`. Its gradient is a sum by prompts."""
+    """Each row's entry of `[P, ...]`, as `[B, ...]`. The gradient of an entry is the sum over its prompt's rows."""
 
     @mx.custom_function
     def spread(prompts: mx.array) -> mx.array:
@@ -252,7 +252,7 @@ Kind = type[PromptKeys] | type[PromptState]
 
 
 def kinds(cache: list[Any]) -> list[Kind]:
-    """What stands in for each of mlx-lm's caches. Raises ValueError, with their names, for caches of other kinds."""
+    """The class that replaces each of mlx-lm's caches. Raises ValueError with the names of unsupported caches."""
     known: dict[type, Kind] = {KVCache: PromptKeys, RotatingKVCache: PromptKeys, ArraysCache: PromptState}
     if odd := {type(layer).__name__ for layer in cache if type(layer) not in known}:
         raise ValueError(", ".join(sorted(odd)))

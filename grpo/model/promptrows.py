@@ -1,4 +1,4 @@
-"""What belongs to prompts, for each of the rows that go on from them; and back, summed."""
+"""Copies arrays of prompts to the rows that continue from them, and sums arrays of rows by prompt."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from grpo.backend.device import apart
 
 
 def looked_up(prompts: mx.array, index: mx.array) -> mx.array:
-    """Of `[P, ...]` the one that each row goes on from, `[B, ...]`.
+    """Each row's entry of `[P, ...]`, as `[B, ...]`.
 
-    Indexing moves one element at a time, so these are made as wide as they get.
+    Indexing moves one element at a time, so elements are viewed as wider ones if possible.
     """
     if prompts.shape[-1] * prompts.itemsize % mx.uint64.size:
         return prompts[index]
@@ -18,9 +18,9 @@ def looked_up(prompts: mx.array, index: mx.array) -> mx.array:
 
 
 def summed_by_prompt(rows: mx.array, index: mx.array, number: int) -> mx.array:
-    """Of `[B, ...]` the sums over each prompt's rows, `[P, ...]`: a product with the rows' places, one-hot.
+    """The sum of `[B, ...]` over each prompt's rows, `[P, ...]`, as a product with one-hot rows.
 
-    As the gradient of an indexing it would be scattered, element by element.
+    The gradient of indexing would scatter instead, element by element.
     """
     (places,) = apart(mx.equal(*apart(mx.arange(number)[:, None], index[None])))
     collected: mx.array = places.astype(rows.dtype) @ rows.reshape(index.size, -1)

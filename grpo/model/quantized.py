@@ -1,8 +1,8 @@
-"""Weights in few bits: the ways to quantise them, whether this machine computes with them, and the way back.
+"""Quantized weights: formats, a check that this machine computes with them, and dequantization.
 
-A whole number of bits is MLX's affine way: 64 weights share a scale and an offset. `mxfp4` and `mxfp8` are the small
-floating point numbers of the OCP Microscaling standard (arXiv 2310.10537), 32 of which share a power of two; of
-`nvfp4` 16 share a scale of 8 bits.
+A number of bits means MLX's affine format: 64 weights share a scale and an offset. `mxfp4` and `mxfp8` are the small
+floating-point formats of the OCP Microscaling standard (arXiv 2310.10537), where 32 weights share a power of two. In
+`nvfp4`, 16 weights share an 8-bit scale.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ AFFINE = "affine"
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """How weights are quantised: numbers that share a scale, bits of a number, and MLX's name of the way."""
+    """A quantization: the numbers that share a scale, the bits of a number, and MLX's name for the format."""
 
     group_size: int
     bits: int
@@ -31,12 +31,12 @@ class Quantization:
 
     @property
     def config(self) -> dict[str, Any]:
-        """As a model's `config.json` has it."""
+        """The entries for a model's `config.json`."""
         return asdict(self)
 
     @property
     def arguments(self) -> str:
-        """As `mlx_lm.convert` takes it."""
+        """The arguments for `mlx_lm.convert`."""
         if self.mode == AFFINE:
             return f"-q --q-bits {self.bits} --q-group-size {self.group_size}"
         return f"-q --q-mode {self.mode}"
@@ -49,18 +49,18 @@ FORMATS = {
 }
 
 
-def quantization(asked: int | str, group_size: int = 64) -> Quantization:
-    """What `model.quantize` means: a number of bits (in groups of `group_size`), or the name of a format."""
-    return FORMATS[asked] if isinstance(asked, str) else Quantization(group_size, asked)
+def quantization(setting: int | str, group_size: int = 64) -> Quantization:
+    """The quantization for `model.quantize`: a number of bits (in groups of `group_size`), or a format's name."""
+    return FORMATS[setting] if isinstance(setting, str) else Quantization(group_size, setting)
 
 
-def words(asked: int | str) -> str:
-    """`4 bits`, or the name of a format."""
-    return asked if isinstance(asked, str) else f"{asked} bits"
+def words(setting: int | str) -> str:
+    """`model.quantize` for messages: `4 bits`, or the name of a format."""
+    return setting if isinstance(setting, str) else f"{setting} bits"
 
 
 class TypedEmbedding(nn.QuantizedEmbedding):  # type: ignore[misc]  # untyped
-    """A quantised embedding whose vectors have the dtype `numbers`. (MLX's are bfloat16 whatever the model's is.)"""
+    """A quantized embedding whose vectors have the dtype `numbers`. (MLX's are always bfloat16.)"""
 
     numbers: mx.Dtype
 
@@ -73,7 +73,7 @@ class TypedEmbedding(nn.QuantizedEmbedding):  # type: ignore[misc]  # untyped
 
 
 def type_embeddings(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Have embeddings in small floating point numbers give vectors of this dtype: the model then computes in it."""
+    """Make embeddings in small floating-point formats return vectors of this dtype, so the model computes in it."""
     for module in model.modules():
         if type(module) is nn.QuantizedEmbedding and module.mode != AFFINE:
             module.__class__ = TypedEmbedding
@@ -81,9 +81,9 @@ def type_embeddings(model: nn.Module, dtype: mx.Dtype) -> None:
 
 
 def check_computes(model: nn.Module, name: str, dtype: mx.Dtype) -> None:
-    """Raise UserError with MLX's own reason if it cannot compute with the model's small floating point numbers here.
+    """Raise UserError, with MLX's reason, if this machine cannot compute with the model's floating-point format.
 
-    Not every backend of MLX has every product, or its gradient, in every format.
+    Not every MLX backend has every product, or its gradient, in every format.
     """
     small = [module for module in _quantized(model) if module.mode != AFFINE]
     kinds = {(m.mode, isinstance(m, QuantizedSwitchLinear), m.get("global_scale") is not None) for m in small}
@@ -91,16 +91,16 @@ def check_computes(model: nn.Module, name: str, dtype: mx.Dtype) -> None:
         try:
             for rows in (1, 32):
                 mx.eval(_tried(mode, experts, scaled, rows, dtype))
-        except Exception as error:  # whatever MLX raises
+        except Exception as error:  # MLX may raise anything
             where = f"this version of MLX on this device ({mx.default_device().type.name})"
             raise UserError(
-                f"model {name}: {where} cannot compute with weights in {mode}: {one_line(error)}. Take a copy of the "
+                f"model {name}: {where} cannot compute with weights in {mode}: {one_line(error)}. Use a copy of the "
                 "model in another format, or model.quantize: 4"
             ) from error
 
 
 def _tried(mode: str, experts: bool, scaled: bool, rows: int, dtype: mx.Dtype) -> list[mx.array]:
-    """A small product in a format, the gradient to what is multiplied, and the weights as whole numbers."""
+    """A small product in a format, the gradient of its input, and the dequantized weights."""
     weight, scales, *_ = mx.quantize(mx.ones((2, 64, 512) if experts else (64, 512)), mode=mode)
     x = mx.ones((rows, 1, 512) if experts else (rows, 512), dtype)
 
@@ -116,24 +116,24 @@ def _tried(mode: str, experts: bool, scaled: bool, rows: int, dtype: mx.Dtype) -
 
 
 def _quantized(model: nn.Module) -> Iterator[Any]:
-    """The modules whose weights are quantised."""
+    """The modules with quantized weights."""
     kinds = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear, QuantizedMultiLinear)
     return (module for module in model.modules() if isinstance(module, kinds))
 
 
 def dtype_of(model: nn.Module) -> mx.Dtype:
-    """What a model computes in: the dtype of its norms, which are never quantised."""
+    """The dtype that a model computes in: that of its norms, which are never quantized."""
     norms = (m["weight"].dtype for path, m in model.named_modules() if "norm" in path and "weight" in m)
     return next(norms, mx.float32)
 
 
 def inputs_of(module: Any) -> int:
-    """The numbers in a row of a quantised matrix."""
+    """Number of inputs of a quantized layer, unpacked."""
     return int(module.scales.shape[-1]) * int(module.group_size)
 
 
 def dequantized(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
-    """The layer or embedding of a quantised one, its weights of this dtype; any other module as it is."""
+    """A quantized layer or embedding as a plain one, with weights in this dtype. Other modules are returned as is."""
     weight_of = {
         nn.QuantizedLinear: lambda outputs, inputs: nn.Linear(inputs, outputs, bias="bias" in module),
         nn.QuantizedEmbedding: nn.Embedding,
@@ -161,7 +161,7 @@ def _whole(module: Any, dtype: mx.Dtype) -> mx.array:
 
 
 def quantized_like(module: Any, former: Any) -> nn.Module:
-    """The module quantised as the former one is."""
+    """The module, quantized in the same way as `former`."""
     more = {"global_scale": True} if former.get("global_scale") is not None else {}
     made: nn.Module = module.to_quantized(group_size=former.group_size, bits=former.bits, mode=former.mode, **more)
     return made

@@ -1,8 +1,8 @@
-"""Rotary embeddings that turn few numbers of a head, on CUDA.
+"""Rotary embeddings on CUDA for heads in which only a few numbers rotate.
 
-MLX's kernel there takes rows and heads as the third dimension of its thread blocks, of which CUDA has at most 64. Where
-fewer than 32 numbers turn, 128 rows of one token each (tokens with positions of their own, or slots that decode) ask
-for more: "cudaGraphAddKernelNode failed: invalid argument".
+MLX's CUDA kernel uses rows and heads as the third dimension of its thread blocks, which CUDA limits to 64. If fewer
+than 32 numbers of a head rotate, 128 rows of one token each (packed tokens with their own positions, or decoding slots)
+exceed the limit: "cudaGraphAddKernelNode failed: invalid argument".
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import mlx.core as mx
 import mlx.nn as nn
 
 FEW = 32
-"""Numbers of a head, from which on MLX's kernel fits whatever there is."""
+"""With at least this many rotating numbers per head, MLX's kernel always works."""
 
 
 class FewTurned(nn.RoPE):  # type: ignore[misc]
-    """`nn.RoPE` in stock operations: float32 angles, and an output of the input's dtype."""
+    """`nn.RoPE` in stock operations: float32 angles, and an output in the input's dtype."""
 
     def __call__(self: Any, x: mx.array, offset: Any = 0) -> mx.array:
-        """Turn `[B, …, T, D]`. `offset` is the position of the first token: an integer, or an array of one for all
-        rows or `[B]`."""
+        """Rotate `[B, …, T, D]`. `offset` is the position of the first token: an integer, or an array with one position
+        for all rows, or `[B]`."""
         half, first = self.dims // 2, mx.array(offset).reshape(-1, 1)
         positions = self.scale * (first + mx.arange(x.shape[-2]))
         angles = positions[..., None] * mx.exp(mx.arange(half) * (-math.log(self.base) / half))
@@ -38,7 +38,7 @@ class FewTurned(nn.RoPE):  # type: ignore[misc]
 
 
 def turn_by_stock_operations(model: nn.Module) -> None:
-    """Let the model's rotary embeddings that turn few numbers do so in stock operations."""
+    """Make rotary embeddings that rotate fewer than `FEW` numbers per head use stock operations, in place."""
     for module in model.modules():
         if type(module) is nn.RoPE and module.dims < FEW:
             module.__class__ = FewTurned

@@ -1,10 +1,10 @@
-"""Those parts of a checkpointed layer that take each token by itself (MLPs, experts), in tiles of tokens.
+"""Computes the parts of a checkpointed layer that process tokens independently (MLPs, experts) in tiles of tokens.
 
-When the backward pass comes to a checkpointed layer it computes the layer again, and an MLP's inside is then there for
-all tokens at once: for models of 8 B parameters a third of all that an update needs. In tiles of tokens nothing is
-computed more often than before, and the inside is there for one tile.
+The backward pass recomputes a checkpointed layer, and then stores the MLP's intermediate arrays for all tokens: for
+models with 8 B parameters, a third of the memory of an update. In tiles, nothing is computed more often, and the
+intermediate arrays exist for one tile at a time.
 
-Which modules these are is found by trial, whatever their names are.
+A trial finds these modules, whatever their names are.
 """
 
 from __future__ import annotations
@@ -26,37 +26,40 @@ from grpo.model.outline import used_experts
 from grpo.model.pieces import in_pieces
 
 NUMBERS = {False: 2**19, True: 2**26}
-"""What the products of a tile give, at most, on a CPU and on a GPU: 2 MB in float32, and 128 MB in 16 bits. A tile is a
-number of blocks of dropout's masks, and one block may be more than this."""
+"""Most numbers in the outputs of a tile's products, by whether there is a GPU: 2 MB in float32 on a CPU, 128 MB in 16
+bits on a GPU. A tile is a whole number of blocks of dropout's masks, and a single block may exceed this."""
 PAYING = 2
-"""With fewer tiles than this, all tokens are computed at once."""
+"""With fewer tiles than this, all tokens are computed together."""
 
 TRIED = mx.array([[1, 2, 3]])
 TINY = 1e-30
-"""In the place of a norm of 0: the last matrix of a layer that was put into a model to grow begins as zeros."""
+"""Replaces a norm of 0: a layer that was added to a trained model may begin with a last matrix of zeros."""
 
 
 def tile_tokens(numbers: int, gpu: bool) -> int:
-    """Tokens of a tile, where the products inside a part give so many numbers for each token."""
+    """Number of tokens per tile, if the products inside a part have `numbers` outputs per token."""
     return max(1, NUMBERS[gpu] // numbers // BLOCK) * BLOCK
 
 
 class RowWise:
-    """The row-wise parts of a model's layers. `fault` says why some part is none, though it is called like one."""
+    """The row-wise parts of a model's layers.
+
+    `fault` is the reason why a part that is called like a row-wise part is not row-wise, or None.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.fault: str | None = None
-        self._model, self._heard = model, _heard(model)
+        self._model, self._calls = model, _recorded_calls(model)
         self._tried: dict[tuple[type, ...], bool] = {}
         self._parts = {id(layer): list(self._found(layer)) for layer in model.layers}
-        del self._heard  # arrays
+        del self._calls  # frees the arrays
 
     def __len__(self) -> int:
         return sum(map(len, self._parts.values()))
 
     @contextmanager
     def inside(self, layer: nn.Module) -> Iterator[None]:
-        """Inside the block this layer's row-wise parts are computed in tiles, if there are tokens enough."""
+        """Inside the block this layer's row-wise parts are computed in tiles, if there are enough tokens."""
         parts = self._parts[id(layer)]
         formers = [type(part) for part, _ in parts]
         try:
@@ -68,7 +71,7 @@ class RowWise:
                 part.__class__ = former
 
     def _found(self, module: nn.Module) -> Iterator[tuple[nn.Module, int]]:
-        """The outermost row-wise modules inside a module, each with the tokens of its tiles."""
+        """The outermost row-wise modules inside a module, each with its number of tokens per tile."""
         for _, child in tree_flatten(module.children(), is_leaf=nn.Module.is_module):
             if self._is_row_wise(child):
                 yield child, self._tile_tokens(child)
@@ -76,7 +79,7 @@ class RowWise:
                 yield from self._found(child)
 
     def _is_row_wise(self, module: nn.Module) -> bool:
-        call = self._heard.get(id(module))
+        call = self._calls.get(id(module))
         if call is None or _drops_by_place(module):
             return False
         kind = tuple(map(type, module.modules()))
@@ -85,41 +88,41 @@ class RowWise:
         return self._tried[kind]
 
     def _holds(self, module: nn.Module, call: _Call) -> bool:
-        """Whether each token alone gives what it gave among others."""
+        """Whether each token alone gives the same result as among other tokens."""
         try:
             alone = mx.concatenate([module(call.x[:, i : i + 1]) for i in range(TRIED.size)], axis=1)
             out, alone = call.out.astype(mx.float32), alone.astype(mx.float32)
             gap: Any = (mx.linalg.norm(alone - out) / mx.maximum(mx.linalg.norm(out), TINY)).item()
-        except Exception as error:  # whatever the model's own code raises, or ours
+        except Exception as error:  # the model's code, or grpo's, may raise anything
             self.fault = f"{type(module).__name__}: {cause(error)}"
             return False
-        bound = 0.01 if call.out.dtype == mx.float32 else 0.1  # what rounding explains; what is wrong is of order 1
+        bound = 0.01 if call.out.dtype == mx.float32 else 0.1  # rounding stays below; a real difference is ~1
         same: bool = gap < bound
         if not same:
-            self.fault = f"{type(module).__name__} gives a token something else among others (gap {gap:.2g})"
+            self.fault = f"{type(module).__name__} gives a token another result among other tokens (gap {gap:.2g})"
         return same
 
     def _tile_tokens(self, part: nn.Module) -> int:
         numbers = 0
         for module in part.modules():
             if isinstance(module, LINEAR):
-                met = used_experts(self._model, default=1) if isinstance(module, EXPERTS) else 1
-                numbers += met * module.weight.shape[-2]
+                used = used_experts(self._model, default=1) if isinstance(module, EXPERTS) else 1
+                numbers += used * module.weight.shape[-2]
         return tile_tokens(numbers, on_gpu())
 
 
 class _Call(NamedTuple):
-    """What a module was called with, and what it gave: `[1, T, D]` each."""
+    """A module's input and output in the trial: `[1, T, D]` each."""
 
     x: mx.array
     out: mx.array
 
 
-def _heard(model: nn.Module) -> dict[int, _Call]:
-    """By id, the modules of layers that hold several products and are called with nothing but the tokens' vectors.
+def _recorded_calls(model: nn.Module) -> dict[int, _Call]:
+    """Calls by module id, for modules in layers that hold several products and are called only with tokens' vectors.
 
-    Found in a forward pass on `TRIED`, of which nothing is computed yet. (Without a cache to remember them by, a module
-    that decodes one token after another cannot mix tokens.)
+    Recorded in a forward pass on `TRIED`, which is not evaluated. (The pass has no cache, so a module cannot mix tokens
+    by remembering earlier calls.)
     """
     calls: dict[int, list[_Call | None]] = {}
 
@@ -133,7 +136,7 @@ def _heard(model: nn.Module) -> dict[int, _Call]:
     formers = [type(module) for module in several]
     try:
         for module, former in zip(several, formers, strict=True):
-            module.__class__ = _listening(former, call)
+            module.__class__ = _recording(former, call)
         model(TRIED, cache=None)
     finally:
         for module, former in zip(several, formers, strict=True):
@@ -141,11 +144,11 @@ def _heard(model: nn.Module) -> dict[int, _Call]:
     return {place: found[0] for place, found in calls.items() if len(found) == 1 and found[0] is not None}
 
 
-def _listening(kind: type, call: Any) -> type:
-    def listen(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _recording(kind: type, call: Any) -> type:
+    def record(self: Any, *args: Any, **kwargs: Any) -> Any:
         return call(self, lambda *a, **k: kind.__call__(self, *a, **k), *args, **kwargs)
 
-    return type(kind.__name__, (kind,), {"__call__": listen})
+    return type(kind.__name__, (kind,), {"__call__": record})
 
 
 def _products(module: nn.Module) -> int:
@@ -157,23 +160,23 @@ def _is_vectors(array: Any) -> bool:
 
 
 def _drops_by_place(part: nn.Module) -> bool:
-    """Whether dropout meets tokens in another order than theirs: experts sort them."""
+    """Whether dropout sees tokens in a different order than the sequence's, because experts sort them."""
     modules = part.modules()
     return any(isinstance(m, LoRADropout) for m in modules) and any(isinstance(m, EXPERTS) for m in modules)
 
 
 class _InTiles:
-    """Put before a row-wise part's own class: the same part in tiles of `tile` tokens."""
+    """Mixin before a row-wise part's class: computes the part in tiles of `tile` tokens."""
 
     tile: int
 
     def __call__(self: Any, x: mx.array) -> mx.array:
-        plain = super().__call__  # type: ignore[misc]  # the part's own
+        plain = super().__call__  # type: ignore[misc]  # the part's class
         rows = x.reshape(-1, x.shape[-1])
         if len(rows) < PAYING * self.tile:
             out: mx.array = plain(x)
             return out
-        key, now = dropout_key(), as_now()  # the backward pass comes when others are set, or none
+        key, now = dropout_key(), as_now()  # the backward pass runs later, with others or none
 
         def of_tile(first: int, own: mx.array) -> tuple[mx.array]:
             with dropping(key, first), now():

@@ -1,11 +1,11 @@
-"""Adapters in folders: mlx-lm's format, and PEFT's read as if it were mlx-lm's."""
+"""Reads adapters from folders, in mlx-lm's format or PEFT's (converted to mlx-lm's)."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ PEFT_PARTS = {
     ".lora_magnitude_vector.weight": ".m",
     ".lora_magnitude_vector": ".m",
 }
-"""How the name of an array ends in PEFT's file, and in mlx-lm's."""
+"""Suffixes of array names in PEFT's file, and mlx-lm's suffixes for them."""
 REFUSED = (
     "modules_to_save",
     "rank_pattern",
@@ -36,20 +36,20 @@ REFUSED = (
     "lora_bias",
     "alora_invocation_tokens",
 )
-"""PEFT's settings that make an adapter more than one A and one B a layer, all of one rank and one scale, for every
-token."""
+"""PEFT's settings for adapters that are more than one A and one B per layer, with a common rank and scale, applied to
+every token."""
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""PEFT's ways to begin that take something out of the base's weights: on the base as it is such an adapter is wrong."""
+"""PEFT's initializations that change the base's weights: on the original base, such an adapter gives wrong results."""
 BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True, slots=True)
 class SavedAdapter:
-    """What a folder holds: `kind` is lora, dora or full, and the update is `scale` × B A.
+    """An adapter read from a folder. `kind` is lora, dora or full; the update is `scale` × B A.
 
-    `arrays` are A `[in, rank]` and B `[rank, out]` (of experts, which share an array, `[experts, rank, in]` and
-    `[experts, out, rank]`) and DoRA's magnitudes `[out]`, by their paths in the model. Whole weights have neither rank
-    nor scale; both are None, too, where no config says them.
+    `arrays` are A `[in, rank]` and B `[rank, out]` (for experts, which share an array, `[experts, rank, in]` and
+    `[experts, out, rank]`) and DoRA's magnitudes `[out]`, by their paths in the model. `rank` and `scale` are None for
+    whole weights, and if the folder has no config.
     """
 
     kind: str
@@ -58,15 +58,15 @@ class SavedAdapter:
     arrays: SavedArrays
 
     def fitted(self, paths: Collection[str]) -> SavedArrays:
-        """The arrays by those of the model's `paths` that they mean.
+        """The arrays by the model's `paths`.
 
-        Of models that see, mlx-lm puts a shell around the language model; transformers takes all of the model, or the
-        language model alone.
+        Paths differ for multimodal models: mlx-lm wraps the language model in another module; transformers' paths begin
+        at the whole model, or at the language model.
         """
         return {next((name for name in _names_of(path) if name in paths), path): a for path, a in self.arrays.items()}
 
     def section(self, depth: int | None = None) -> dict[str, Any]:
-        """What a recipe's `adapter` section says of it; `depth` is the number of the model's blocks, where known."""
+        """The recipe's `adapter` section that fits this adapter. `depth` is the model's number of blocks, if known."""
         places = [match.groups() for path in self.arrays if (match := BLOCK.search(path))]
         blocks = [int(number) for number, _ in places]
         whole = not blocks or (self.kind == "full" and len(places) < len(self.arrays))
@@ -79,10 +79,10 @@ class SavedAdapter:
 
 
 def read_adapter(folder: Path) -> SavedAdapter:
-    """An adapter in mlx-lm's format or PEFT's.
+    """Read an adapter in mlx-lm's format or PEFT's.
 
-    Raises UserError for a folder without one, for a file that cannot be read, for NaN or infinities in it, and for what
-    of PEFT's cannot be had here.
+    Raises UserError for a folder without an adapter, for a file that cannot be read, for NaN or infinities in it, and
+    for unsupported PEFT settings.
     """
     check_format(folder)
     if (folder / WEIGHTS).is_file():
@@ -90,16 +90,16 @@ def read_adapter(folder: Path) -> SavedAdapter:
     try:
         return _of_peft(folder)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"adapter {folder}: {CONFIG} is not as PEFT writes it: {one_line(error)}") from None
+        raise UserError(f"adapter {folder}: {CONFIG} is not in PEFT's format: {one_line(error)}") from None
 
 
 def weights_file(folder: Path) -> Path | None:
-    """The file with an adapter's arrays, in mlx-lm's format or else in PEFT's; None where there is none."""
+    """The file with an adapter's arrays: mlx-lm's, or else PEFT's. None if the folder has neither."""
     return next((file for name in (WEIGHTS, PEFT_WEIGHTS) if (file := folder / name).is_file()), None)
 
 
 def check_format(folder: Path) -> None:
-    """Raise UserError for a folder that holds no adapter, and say what it holds instead."""
+    """Raise UserError for a folder without an adapter. The message says what the folder holds instead."""
     if weights_file(folder) is not None:
         return
     if (folder / PEFT_PICKLE).is_file():
@@ -107,8 +107,8 @@ def check_format(folder: Path) -> None:
     elif found := sorted(folder.glob(f"checkpoints/*/{WEIGHTS}")):
         why = f"is a run; name its checkpoint, such as {found[-1].parent}"
     else:
-        what = f"not an adapter as mlx-lm or PEFT writes them: it has no {WEIGHTS} and no {PEFT_WEIGHTS}"
-        why = f"cannot be read, {what}" if folder.is_dir() else "there is no such folder"
+        what = f"not an adapter of mlx-lm or PEFT: the folder has neither {WEIGHTS} nor {PEFT_WEIGHTS}"
+        why = what if folder.is_dir() else "there is no such folder"
     raise UserError(f"adapter {folder}: {why}")
 
 
@@ -124,18 +124,18 @@ def _of_mlx_lm(folder: Path) -> SavedAdapter:
         parameters = config["lora_parameters"]
         return SavedAdapter(kind, int(parameters["rank"]), float(parameters["scale"]), arrays)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"adapter {folder}: {CONFIG} is not as mlx-lm writes it: {one_line(error)}") from None
+        raise UserError(f"adapter {folder}: {CONFIG} is not in mlx-lm's format: {one_line(error)}") from None
 
 
 def _of_peft(folder: Path) -> SavedAdapter:
-    """LoRA and DoRA on linear layers; the scale is alpha / r, with `use_rslora` alpha / √r (arXiv 2312.03732)."""
+    """Read LoRA or DoRA of PEFT. The scale is alpha / r; with `use_rslora`, alpha / √r (arXiv 2312.03732)."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"adapter {folder}: cannot be read: {error.strerror}") from None
     if (odd := _unsupported(config)) is not None:
         raise UserError(
-            f"adapter {folder}: PEFT's {odd} is not supported here; merge it into its base, and train on that"
+            f"adapter {folder}: PEFT's {odd} is not supported; merge the adapter into its base model, and train that"
         )
     rank, alpha = int(config["r"]), float(config["lora_alpha"])
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
@@ -143,14 +143,14 @@ def _of_peft(folder: Path) -> SavedAdapter:
     for name, array in _arrays(folder / PEFT_WEIGHTS).items():
         end = next((end for end in PEFT_PARTS if name.endswith(end)), None)
         if end is None or not name.startswith(PEFT_ROOT) or array.ndim > 2:
-            raise UserError(f"adapter {folder}: its {name} is not LoRA or DoRA on a linear layer, as PEFT names them")
+            raise UserError(f"adapter {folder}: {name} is not PEFT's name for LoRA or DoRA on a linear layer")
         path = name.removeprefix(PEFT_ROOT).removesuffix(end) + PEFT_PARTS[end]
         arrays[path] = array.reshape(-1) if path.endswith(".m") else array.T
     return SavedAdapter("dora" if config.get("use_dora") else "lora", rank, scale, arrays)
 
 
 def _unsupported(config: dict[str, Any]) -> str | None:
-    """The first setting of PEFT's that this cannot do, with its value."""
+    """The first unsupported PEFT setting, with its value; None if all are supported."""
     if (kind := config["peft_type"]) != "LORA":
         return f"peft_type {kind}"
     if (bias := config.get("bias", "none")) != "none":
@@ -167,22 +167,22 @@ def _arrays(file: Path) -> SavedArrays:
         mx.eval(arrays)
     except (OSError, RuntimeError) as error:
         raise UserError(f"adapter {file.parent}: cannot be read: {one_line(error)}") from error
-    check_finite(arrays, f"adapter {file.parent}")
+    check_finite(arrays.items(), f"adapter {file.parent}")
     return dict(arrays)
 
 
-def check_finite(state: Mapping[str, mx.array], what: str) -> None:
-    """Raise UserError if an array holds NaN or infinities: a model that computes with it answers nonsense."""
-    for path, array in state.items():
+def check_finite(arrays: Iterable[tuple[str, mx.array]], what: str) -> None:
+    """Raise UserError if an array holds NaN or infinities, which would make the model's outputs meaningless."""
+    for path, array in arrays:
         if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
             odd: Any = (~mx.isfinite(array)).sum().item()
             raise UserError(
                 f"{what}: {path} has NaN or infinities in {odd:,} of {array.size:,} places: its training diverged. Use "
-                "an earlier checkpoint; a lower optim.learning_rate or optim.max_grad_norm keeps a run from this"
+                "an earlier checkpoint; a lower optim.learning_rate or optim.max_grad_norm prevents divergence"
             )
 
 
 def _names_of(path: str) -> list[str]:
-    """What an array of transformers' may be called in mlx-lm's model."""
+    """The paths that one of transformers' arrays may have in mlx-lm's model."""
     inside = path.replace("model.language_model.", "language_model.model.", 1)
     return [path, inside, f"language_model.{path}"]

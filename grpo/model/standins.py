@@ -1,4 +1,4 @@
-"""Modules that have another class for a while, as which they do more than their own."""
+"""Gives modules a subclass of their class temporarily."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ import mlx.nn as nn
 def put_before(
     modules: Sequence[nn.Module], first: type, attributes: Mapping[str, Any] | None = None
 ) -> Iterator[None]:
-    """Inside the block the class `first`, with these attributes, comes before each module's own."""
+    """Inside the block, each module's class is a subclass of `first` and of its own class, with these attributes.
+
+    `first` comes first in the method resolution order.
+    """
     former = [type(module) for module in modules]
     kinds = {kind: type(kind.__name__, (first, kind), dict(attributes or {})) for kind in set(former)}
     try:

@@ -1,11 +1,12 @@
-"""Tensor parallel: one model in several processes, each of which holds a part of every large matrix (arXiv 1909.08053).
+"""Tensor parallelism: several processes share one model; each holds a part of every large matrix (arXiv 1909.08053).
 
-mlx-lm divides the model (`Model.shard`). A layer by column holds some of the outputs, and sums the gradient of its
-input over the processes; a layer by row holds some of the inputs, and sums its outputs. Between the two nothing is
-exchanged.
-Here these layers are linear layers as all others are, so that adapters, quantisation and decoding read them as such.
-An adapter goes with the layer below it: by column A `[in, r]` is whole and B `[r, out / n]` is divided, by row A
-`[in / n, r]` is divided and B `[r, out]` is whole. What is whole is the same in all processes; its gradient is a sum.
+mlx-lm divides the model (`Model.shard`). A layer divided by column holds some of the outputs, and sums the gradient of
+its input over the processes; a layer divided by row holds some of the inputs, and sums its outputs. Nothing is
+exchanged between the two.
+Here these layers are subclasses of the ordinary linear layers, so adapters, quantization and decoding treat them alike.
+An adapter is divided like its base layer: by column, A `[in, r]` is whole and B `[r, out / n]` is divided; by row, A
+`[in / n, r]` is divided and B `[r, out]` is whole. Whole arrays are the same in all processes; their gradients are
+sums.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from grpo.model.mlxlm import QuantizedSwitchLinear, SwitchLinear
 
 Processes = mx.distributed.Group
 TRAINED = "glm4_moe", "gpt_oss", "llama", "ministral3", "qwen2", "qwen3", "qwen3_moe"
-"""The architectures whose gradients were found to be right when they are divided. Of MiniMax's, whose norms are of all
-heads together, they are not, and in latent attention the gradient of what is whole comes out in parts."""
+"""The architectures whose gradients are known to be right when they are divided. MiniMax's are wrong, because its norms
+span all heads; with latent attention, the gradients of whole arrays come out in parts."""
 HEADS = ("num_attention_heads", "num_key_value_heads")
 LINEAR = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
 
@@ -36,56 +37,56 @@ _SILENT: ContextVar[bool] = ContextVar("whether nothing is exchanged", default=F
 
 
 def scattered(x: mx.array, group: Processes) -> mx.array:
-    """`x` itself, whose gradient is summed over the group: each process finds the part that comes through its own."""
+    """`x` itself, with its gradient summed over the group: each process computes the part from its own outputs."""
     return distributed.sum_gradients(group)(x) if _speaks(group) else x
 
 
 def summed(x: mx.array, group: Processes) -> mx.array:
-    """The sum of `x` over the group. Each process has the whole gradient of it already."""
+    """The sum of `x` over the group. Each process already has the sum's whole gradient."""
     return mx.distributed.all_sum(x, group=group) if _speaks(group) else x
 
 
 def _speaks(group: Any) -> bool:
-    """Whether anything is exchanged: not inside `silent`, nor in the outline of a model of which no process is here."""
+    """Whether anything is exchanged: not inside `silent`, and not in a model's outline, which has no processes."""
     return isinstance(group, Processes) and not _SILENT.get()
 
 
 class ByColumn:
-    """Put before a linear layer's class: the layer of some of the outputs."""
+    """Mixin before a linear layer's class: the layer computes some of the outputs."""
 
     group: Processes
 
     def __call__(self, x: mx.array) -> mx.array:
         """`[..., in]`, the same in all processes, to `[..., out / n]`."""
-        out: mx.array = super().__call__(scattered(x, self.group))  # type: ignore[misc]  # the layer's own
+        out: mx.array = super().__call__(scattered(x, self.group))  # type: ignore[misc]  # the layer's class
         return out
 
 
 class ByRow:
-    """Put before a linear layer's class: the layer of some of the inputs. The first process alone has the bias, the
+    """Mixin before a linear layer's class: the layer reads some of the inputs. Only the first process has the bias; the
     others have zeros."""
 
     group: Processes
 
     def __call__(self, x: mx.array) -> mx.array:
         """`[..., in / n]` to `[..., out]`, the same in all processes."""
-        return summed(super().__call__(x), self.group)  # type: ignore[misc]  # the layer's own
+        return summed(super().__call__(x), self.group)  # type: ignore[misc]  # the layer's class
 
 
 class ColumnLinear(ByColumn, nn.Linear):  # type: ignore[misc]  # untyped
-    """A `nn.Linear` by column."""
+    """An `nn.Linear` divided by column."""
 
 
 class RowLinear(ByRow, nn.Linear):  # type: ignore[misc]  # untyped
-    """A `nn.Linear` by row."""
+    """An `nn.Linear` divided by row."""
 
 
 class QuantizedColumnLinear(ByColumn, nn.QuantizedLinear):  # type: ignore[misc]  # untyped
-    """A `nn.QuantizedLinear` by column."""
+    """An `nn.QuantizedLinear` divided by column."""
 
 
 class QuantizedRowLinear(ByRow, nn.QuantizedLinear):  # type: ignore[misc]  # untyped
-    """A `nn.QuantizedLinear` by row."""
+    """An `nn.QuantizedLinear` divided by row."""
 
 
 OURS: Mapping[type, type] = {
@@ -94,13 +95,13 @@ OURS: Mapping[type, type] = {
     distributed.QuantizedAllToShardedLinear: QuantizedColumnLinear,
     distributed.QuantizedShardedToAllLinear: QuantizedRowLinear,
 }
-"""What takes the place of MLX's divided layers, by their classes."""
+"""Replacements for MLX's divided layers, by class."""
 
 
 def divide(model: nn.Module, ranks: Ranks) -> None:
-    """Leave of `model` (in place) what this process holds where `ranks` hold it together. Nothing is computed.
+    """Reduce `model` (in place) to this process's part, where `ranks` share it. Nothing is evaluated.
 
-    Raises UserError for an architecture that mlx-lm does not divide, or not among so many.
+    Raises UserError for an architecture that mlx-lm cannot divide, or not among this number of processes.
     """
     if ranks.size == 1:
         return
@@ -108,7 +109,7 @@ def divide(model: nn.Module, ranks: Ranks) -> None:
     shapes = {path: module.weight.shape for path, module in model.named_modules() if isinstance(module, LINEAR)}
     try:
         model.shard(ranks.group)
-    except Exception as error:  # whatever mlx-lm's or MLX's own code raises
+    except Exception as error:  # mlx-lm's and MLX's code may raise anything
         raise UserError(
             f"model.shard: tensor: mlx-lm cannot divide this model among {ranks.size} processes: {one_line(error)}"
         ) from error
@@ -124,15 +125,15 @@ def divide(model: nn.Module, ranks: Ranks) -> None:
 
 
 def cut_of(layer: nn.Module) -> int | None:
-    """Along which axis a linear layer's matrix, or that below an adapter's layer, is divided: -2 for outputs, -1 for
-    inputs; None where it is whole."""
+    """The axis along which the matrix of a linear layer, or of an adapter's base, is divided: -2 (outputs), -1 (inputs)
+    or None (whole)."""
     cut: int | None = getattr(layer.linear if "lora_a" in layer else layer, "cut", None)
     return cut
 
 
 def hand_over(layer: nn.Module, by_column: type, by_row: type) -> None:
-    """Let an adapter's layer exchange what a divided layer below it does, which is an undivided one's like from now
-    on: so one sum serves both. An adapter's layer over any other stays as it is."""
+    """Move the exchange from a divided base layer to its adapter's layer, so that one sum serves both: the base becomes
+    an ordinary linear layer. An adapter's layer over an undivided base is left alone."""
     base = layer.linear
     if isinstance(base, ByColumn | ByRow):
         layer.__class__ = by_column if isinstance(base, ByColumn) else by_row
@@ -144,13 +145,13 @@ def _check_divides(model: nn.Module, size: int) -> None:
     architecture = type(model).__module__.rpartition(".")[2]
     if architecture not in TRAINED:
         why = (
-            "mlx-lm divides it to sample from it, and its gradients are not known to be right then"
+            "mlx-lm can divide it for sampling, but its gradients are not known to be right when it is divided"
             if hasattr(model, "shard")
             else "mlx-lm does not divide it"
         )
         raise UserError(
-            f"model.shard: tensor: the architecture {architecture}: {why}. Divided models that train are "
-            f"{', '.join(TRAINED)}. Leave model.shard out"
+            f"model.shard: tensor: the architecture {architecture}: {why}. Supported architectures are "
+            f"{', '.join(TRAINED)}. Remove model.shard"
         )
     for name in HEADS:
         heads = getattr(model.args, name, None)
@@ -168,18 +169,20 @@ def _become_linear(module: nn.Module, kind: type, ranks: Ranks) -> None:
 
 
 def _cut(whole: tuple[int, ...], module: Any, size: int) -> int | None:
-    """Along which axis of its matrix a layer is divided: -2 for outputs, -1 for inputs; None where it is whole."""
+    """The axis along which a layer's matrix is divided: -2 (outputs), -1 (inputs) or None (whole)."""
     mine = module.weight.shape
     if mine == whole:
         return None
     cut = [axis for axis in (-2, -1) if mine[axis] * size == whole[axis]]
     if len(cut) != 1:
-        raise UserError(f"model.shard: tensor: a matrix of {whole} became one of {mine}, which is not understood here")
+        raise UserError(
+            f"model.shard: tensor: a matrix of {whole} became {mine}, which is no division by outputs or inputs"
+        )
     return cut[0]
 
 
 def _count_own_heads(model: nn.Module, size: int) -> None:
-    """Let the model's arguments say what this process has: memory is reckoned by them."""
+    """Set the model's arguments to this process's number of heads, because memory is estimated from them."""
     args = copy.copy(model.args)
     if getattr(args, "head_dim", None) is None and hasattr(args, "hidden_size"):
         args.head_dim = args.hidden_size // args.num_attention_heads
@@ -191,15 +194,15 @@ def _count_own_heads(model: nn.Module, size: int) -> None:
 
 
 def is_divided(model: nn.Module) -> bool:
-    """Whether this process holds a part of the model alone."""
+    """Whether this process holds only a part of the model."""
     return getattr(model, "shards", 1) > 1
 
 
 @contextmanager
 def silent(model: nn.Module) -> Iterator[None]:
-    """Exchange nothing inside the block: what is computed there means nothing, but takes as much memory.
+    """Exchange nothing inside the block: results are meaningless, but take as much memory as real ones.
 
-    So each process can measure by itself, as often as it likes.
+    So each process can measure its memory independently of the others.
     """
     speaking, token = _speaking(model), _SILENT.set(True)
     try:
@@ -213,6 +216,6 @@ def silent(model: nn.Module) -> Iterator[None]:
 
 
 def _speaking(model: nn.Module) -> list[tuple[nn.Module, Any]]:
-    """The blocks of experts, which mlx-lm lets exchange what they compute, and their groups."""
+    """The expert blocks in which mlx-lm exchanges results, and their groups."""
     found = [(module, getattr(module, "sharding_group", None)) for module in model.modules()]
     return [(module, group) for module, group in found if group is not None]

@@ -1,9 +1,9 @@
-"""The loops of attention in tiles (`grpo.model.attention`) over some rows and heads.
+"""The loops of attention in tiles (`grpo.model.attention`), over some rows and heads.
 
-A tile is a block of queries by a block of keys. Tiles that nobody sees are left out, so half of a causal pass is. MLX
-may compute independent operations in any order and has many in flight, so each tile waits for the tile before it.
+A tile is a block of queries times a block of keys. Tiles without a visible key are skipped, which is half of a causal
+pass. MLX computes independent operations in any order, with many in flight, so each tile waits for the previous one.
 
-In the shapes below R rows and N heads of keys are computed together, and G heads of queries share a head of keys.
+In the shapes below, R rows and N key heads are computed together, and G query heads share a key head.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from grpo.backend.maths import exp_of, exponents_unit, largest_power_of_two
 from grpo.model.sight import Sight
 
 NARROWEST = 64
-"""Tokens of a tile, at least, if there are as many."""
+"""Fewest tokens of a tile, unless the sequence is shorter."""
 WIDEST = {False: 256, True: 1024}
-"""And at most, on a CPU and on a GPU."""
+"""Most tokens of a tile, by whether there is a GPU."""
 SCORES = {False: 2**18, True: 2**24}
-"""Scores in the tiles of all the rows and heads that are computed together: 1 MB on a CPU, whose cache holds them, and
-64 MB on a GPU, where each operation is a launch. A single head of a row may need more."""
+"""Most scores in the tiles of all rows and heads that are computed together, by whether there is a GPU: 1 MB on a CPU,
+which fits in its cache, and 64 MB on a GPU, where each operation is a launch. A single head of a row may need more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """What all chunks of a call share.
+    """The settings that all chunks of a call share.
 
-    `blocks` of queries; `tiles`, blocks of keys, of which the first `before` are of prompts; whether the backward pass
-    gets the weights (`keeps`); and the `most` scores at a time.
+    `blocks` are ranges of queries; `tiles` are ranges of keys, of which the first `before` belong to prompts; `keeps`
+    says whether the softmax weights are stored for the backward pass; `most` is the largest number of scores at a time.
     """
 
     scale: float
@@ -45,20 +45,20 @@ class Tiling:
 
     @classmethod
     def of(cls, scale: float, sight: Sight, queries: int, keys: int, prompts: int, keeps: bool) -> Tiling:
-        """For so many queries, keys of their own, and keys of prompts."""
+        """The tiling for these numbers of queries, of the rows' own keys, and of the prompts' keys."""
         gpu = on_gpu()
-        # A quarter of the tokens: the smaller a tile, the less is computed that nobody sees.
+        # A quarter of the tokens, because smaller tiles compute fewer hidden scores.
         size = min(WIDEST[gpu], max(NARROWEST, largest_power_of_two(max(queries, keys) // 4)))
         before = ranges(prompts, WIDEST[gpu])
         return cls(scale, sight, ranges(queries, size), (*before, *ranges(keys, size)), len(before), keeps, SCORES[gpu])
 
     def scores(self, repeats: int) -> int:
-        """Of the largest tile of a head of keys, whose queries have so many heads."""
+        """Number of scores in the largest tile of a key head, if `repeats` query heads share it."""
         return repeats * len(self.blocks[0]) * max(map(len, self.tiles))
 
 
 class _Tile(NamedTuple):
-    """Keys and values of which a block of queries sees some, and what is added to their scores, if anything."""
+    """Keys and values, some of which a block of queries sees, and the bias for their scores, if any."""
 
     place: int
     keys: mx.array
@@ -67,8 +67,8 @@ class _Tile(NamedTuple):
 
 
 class BackwardInputs(NamedTuple):
-    """What a backward pass begins with: the gradient of what came out, `[R, N, G, T, E]`, what came out, and the
-    logarithms of the sums of exponentials `[R, N, G, T, 1]`."""
+    """The inputs of a backward pass: the gradient of the output, `[R, N, G, T, E]`, the output, and the logarithms of
+    the sums of exponentials `[R, N, G, T, 1]`."""
 
     slopes: mx.array
     out: mx.array
@@ -76,7 +76,8 @@ class BackwardInputs(NamedTuple):
 
 
 class _Softmax(NamedTuple):
-    """Of the keys so far, for each query: the greatest score, the sum of exponentials, and of values by them."""
+    """The running softmax of each query over the keys so far: the greatest score, the sum of exponentials, and the
+    weighted sum of values."""
 
     highest: mx.array
     weight: mx.array
@@ -89,8 +90,8 @@ Slopes = list[mx.array]
 class Chunk:
     """Some rows and heads of a call.
 
-    queries `[R, N, G, T, D]`; the rows' own keys `[R, N, K, D]` and values `[R, N, K, E]`; those of each row's prompt
-    (where all rows have one prompt, R is 1 there); sinks `[N, G, 1]`.
+    queries `[R, N, G, T, D]`; the rows' own keys `[R, N, K, D]` and values `[R, N, K, E]`; keys and values of each
+    row's prompt (R is 1 if all rows share one prompt); sinks `[N, G, 1]`.
     """
 
     def __init__(
@@ -106,8 +107,8 @@ class Chunk:
         (self._keys, self._values), self._prompts = own, prompts
 
     def forward(self, after: list[mx.array]) -> tuple[mx.array, mx.array, list[mx.array]]:
-        """What comes out `[R, N, G, T, E]`, the logarithms of the sums of exponentials `[R, N, G, T, 1]`, and the
-        weights that are kept. Begins when `after` is computed."""
+        """The output `[R, N, G, T, E]`, the logarithms of the sums of exponentials `[R, N, G, T, 1]`, and the stored
+        weights. The computation begins after `after`."""
         outs, sums, kept = [], [], list[mx.array]()
         for block in self._tiling.blocks:
             queries = self._scaled(block)
@@ -115,7 +116,7 @@ class Chunk:
             for tiles in self._together(block):
                 queries = mx.depends(queries, after) if after else queries
                 state, weights = _with_tiles(state, queries, tiles, self._tiling.keeps)
-                after = [state.weight, state.total]  # without the latter all blocks' weights would wait for it
+                after = [state.weight, state.total]  # without the total, all blocks' weights would pile up
             assert state is not None, "every query sees a key"
             total = state.total if self._tiling.keeps else state.total / state.weight
             outs.append(self._by_head(total.astype(queries.dtype), block))
@@ -126,9 +127,9 @@ class Chunk:
     def backward(
         self, given: BackwardInputs, kept: list[mx.array], after: list[mx.array]
     ) -> tuple[mx.array, Slopes, Slopes]:
-        """The gradients of queries, of keys and values, and of the prompts' keys and values for each row.
+        """The gradients of queries, of keys and values, and of each row's prompt's keys and values.
 
-        `kept` begins with this chunk's weights, which are taken from it.
+        `kept` begins with this chunk's weights, which are removed from it.
         """
         of_queries, of_tiles = [], dict[int, Slopes]()
         for block in self._tiling.blocks:
@@ -160,7 +161,7 @@ class Chunk:
         )
 
     def _seen(self, block: range) -> Iterator[_Tile]:
-        """The tiles of which some query of the block may see something."""
+        """The tiles in which a query of the block may see a key."""
         tiling = self._tiling
         for place, tile in enumerate(tiling.tiles):
             part = slice(tile.start, tile.stop)
@@ -172,19 +173,19 @@ class Chunk:
                 yield _Tile(place, self._keys[:, :, part], self._values[:, :, part], bias)
 
     def _together(self, block: range) -> list[list[_Tile]]:
-        """The same, one at a time; all at once if weights are kept, which are relative to the greatest score of all."""
+        """The block's tiles, one per list; all in one list if weights are stored, which need the greatest score."""
         tiles = list(self._seen(block))
         return [tiles] if self._tiling.keeps else [[tile] for tile in tiles]
 
     def _scaled(self, block: range) -> mx.array:
-        """The block's queries, `[R, N, G · block, D]`."""
+        """The block's queries, scaled, `[R, N, G · block, D]`."""
         return _flat(self._queries, block) * (self._tiling.scale * exponents_unit())
 
     def _by_head(self, array: mx.array, block: range) -> mx.array:
         return mx.unflatten(array, 2, (-1, len(block)))
 
     def _begun(self, block: range) -> _Softmax | None:
-        """With sinks, each query begins with its head's."""
+        """The softmax before the first tile: the head's sink, or None without sinks."""
         if self._sinks is None:
             return None
         shape = len(self._queries), *self._sinks.shape[:2], len(block)
@@ -192,7 +193,7 @@ class Chunk:
         return _Softmax(highest, mx.ones(highest.shape), mx.zeros((*highest.shape[:3], self._values.shape[-1])))
 
     def _joined(self, of_tiles: dict[int, Slopes], places: range) -> Slopes:
-        """The gradients of keys and values by those of their tiles, some of which nobody may see."""
+        """The gradients of keys and values, concatenated from their tiles; zero for tiles that no query sees."""
         rows, heads = self._keys.shape[:2]
         pieces = []
         for place in places:
@@ -207,9 +208,9 @@ class Chunk:
 def _with_tiles(
     state: _Softmax | None, queries: mx.array, tiles: list[_Tile], keeps: bool
 ) -> tuple[_Softmax, list[mx.array]]:
-    """The softmax with more tiles, and if it `keeps` them, their weights: then these are all tiles there are.
+    """The running softmax with more tiles, and their weights if it `keeps` them, which needs all tiles in one call.
 
-    What was before is scaled down where these have a greater score.
+    If the new tiles have a greater score, the former sums are scaled down.
     """
     scores = [_scores(queries, tile) for tile in tiles]
     tops = [part.max(axis=-1, keepdims=True) for part in scores]
@@ -236,7 +237,7 @@ def _all(operation: object, arrays: list[mx.array]) -> mx.array:
 
 
 def _scores(queries: mx.array, tile: _Tile) -> mx.array:
-    """In float32, `[R, N, G · block, tile]`."""
+    """The scores of a tile in float32, `[R, N, G · block, tile]`."""
     scores = (queries @ tile.keys.swapaxes(-1, -2)).astype(mx.float32)
     if tile.bias is None:
         return scores
@@ -250,11 +251,11 @@ def _flat(array: mx.array, block: range) -> mx.array:
 
 
 def _added(sofar: Slopes | None, more: Slopes) -> Slopes:
-    """In float32."""
+    """The sums of arrays in float32; `more` alone if there is nothing so far."""
     more = [array.astype(mx.float32) for array in more]
     return more if sofar is None else [total + array for total, array in zip(sofar, more, strict=True)]
 
 
 def ranges(number: int, size: int) -> tuple[range, ...]:
-    """The numbers below `number`, so many at a time."""
+    """The numbers below `number`, in ranges of at most `size`."""
     return tuple(range(start, min(start + size, number)) for start in range(0, number, size))

@@ -1,7 +1,7 @@
-"""Whether a divided model can be trained: tried on a few tokens, because mlx-lm divides models to sample from them.
+"""Checks that a divided model can be trained, by a trial on a few tokens. mlx-lm divides models only for sampling.
 
-What all processes hold alike must have the same gradient in all of them: that of the hidden states between layers, and
-of adapters on whole layers. An architecture that leaves it in parts somewhere would train on wrong gradients.
+Arrays that are the same in all processes must have the same gradient in all of them: hidden states between layers, and
+adapters on whole layers. An architecture that leaves such a gradient in parts would train on wrong gradients.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from grpo.model.standins import put_before
 TOKENS = 4
 ALIKE = {mx.float32: 1e-4}
 ROUNDED = 5e-2
-"""How far gradients of one array may be apart, as a part of its largest, in float32 and in fewer bits."""
+"""Largest difference of an array's gradients between processes, relative to the largest gradient: `ALIKE` in float32,
+`ROUNDED` in fewer bits."""
 
 
 def check_divided(model: nn.Module, ranks: Ranks) -> None:
-    """Raise UserError where gradients through a model that `ranks` hold together do not come out alike."""
+    """Raise UserError if the processes that share a model compute different gradients for it."""
     if ranks.size == 1:
         return
     former = model.training
@@ -44,26 +45,26 @@ def check_divided(model: nn.Module, ranks: Ranks) -> None:
     for name, array in everyone[0].items():
         gap = max(float(np.abs(theirs[name] - array).max()) for theirs in everyone)
         if not gap <= most * max(float(np.abs(array).max()), 1e-6):
-            raise UserError(_said(name, model))
+            raise UserError(_message(name, model))
 
 
-def _said(name: str, model: nn.Module) -> str:
+def _message(name: str, model: nn.Module) -> str:
     if name.endswith("lora_b"):
         layer = name.removesuffix(".lora_b").rpartition(".layers.")[2].partition(".")[2]
         return (
-            f"adapter.targets: {layer} is whole in every process that holds the model (model.shard), but the gradient "
-            "of its adapter comes out in parts: leave it out of adapter.targets"
+            f"adapter.targets: {layer} is whole in every process that shares the model (model.shard), but each process "
+            "computes only a part of its adapter's gradient: remove it from adapter.targets"
         )
     return (
-        f"model.shard: tensor: mlx-lm divides models of type {model.args.model_type} to sample from them, and their "
-        f"gradients ({name}) come out differently in each process: such a model cannot be trained divided"
+        f"model.shard: tensor: mlx-lm can divide models of type {model.args.model_type} for sampling, but their "
+        f"gradients ({name}) differ between processes: remove model.shard, because this model cannot be trained divided"
     )
 
 
 def _alike(model: nn.Module, ranks: Ranks) -> dict[str, mx.array]:
-    """What must be the same in all processes, by name: logits, and gradients of a function of them.
+    """Arrays that must be the same in all processes, by name: a function of the logits, and its gradients.
 
-    A fresh B is zero, so of an adapter its gradient stands for both.
+    In a fresh adapter B is zero, so A has no gradient, and B's is checked alone.
     """
     shards, layers = Shards(model, ranks), list(model.layers)
     tokens = mx.arange(1, TOKENS + 1)[None]
@@ -72,8 +73,8 @@ def _alike(model: nn.Module, ranks: Ranks) -> dict[str, mx.array]:
         model.update(parameters)
         with _probed(layers, probes):
             logits = model(tokens).astype(mx.float32)
-        of_all: mx.array = (logits * mx.random.normal(logits.shape, key=mx.random.key(0))).sum()
-        return of_all
+        total: mx.array = (logits * mx.random.normal(logits.shape, key=mx.random.key(0))).sum()
+        return total
 
     trained = model.trainable_parameters()
     try:
@@ -81,7 +82,7 @@ def _alike(model: nn.Module, ranks: Ranks) -> dict[str, mx.array]:
         probes = [mx.zeros((width,), dtype_of(model)) for _ in layers]
         found, (gradient, slopes) = mx.value_and_grad(value, argnums=(0, 1))(trained, probes)
         mx.eval(found, gradient, slopes)
-    except Exception as error:  # whatever the model's own code raises, or ours
+    except Exception as error:  # the model's code, or grpo's, may raise anything
         raise UserError(f"model.shard: tensor: the trial of a gradient failed: {cause(error)}") from error
     finally:
         model.update(trained)
@@ -92,12 +93,12 @@ def _alike(model: nn.Module, ranks: Ranks) -> dict[str, mx.array]:
 
 @contextmanager
 def _probed(layers: list[nn.Module], probes: list[mx.array]) -> Iterator[None]:
-    """Add a probe to the input of each layer inside the block: its gradient is that of the hidden states there."""
+    """Add a probe to the input of each layer inside the block. The probe's gradient is that of the hidden states."""
     of = {id(layer): probe for layer, probe in zip(layers, probes, strict=True)}
 
     class Probed:
         def __call__(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
-            return super().__call__(x + of[id(self)], *args, **kwargs)  # type: ignore[misc]  # the layer's own
+            return super().__call__(x + of[id(self)], *args, **kwargs)  # type: ignore[misc]  # the layer's class
 
     with put_before(layers, Probed):
         yield

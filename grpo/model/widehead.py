@@ -1,13 +1,12 @@
-"""Heads that give float32 logits from 16-bit hidden states and weights.
+"""Heads that compute float32 logits from 16-bit hidden states and weights.
 
-A product of bfloat16 arrays is summed in float32 and then rounded to bfloat16: a logit of 20 to an eighth. What follows
-(softmax in float32 at the sampling temperature) cannot bring that back, and the logprob of a token is off by up to
-0.08 nats. MiniMax-M1 (arXiv 2506.13585) and ScaleRL (arXiv 2510.13786) found that reinforcement learning suffers from
-it. MLX has no product of 16-bit arrays with a float32 result, so weights are made float32 here, a few rows of the
-matrix at a time; a quantised matrix is multiplied with float32 states as it is. The hidden states are the model's own.
+A product of bfloat16 arrays is summed in float32 and then rounded to bfloat16: a logit near 20 is rounded to a multiple
+of an eighth. The later softmax in float32 cannot undo this, and the logprob of a token is off by up to 0.08 nats.
+MiniMax-M1 (arXiv 2506.13585) and ScaleRL (arXiv 2510.13786) found that this harms reinforcement learning. MLX has no
+product of 16-bit arrays with a float32 result, so weights are cast to float32 here, a few rows of the matrix at a time.
+A quantized matrix is multiplied directly with float32 states. The hidden states are unchanged.
 
-The module that projects to the vocabulary is changed in place, so all ways of decoding, and training, meet the same
-head.
+The module that projects to the vocabulary is changed in place, so all decoders and training use the same head.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from grpo.model.head import talking
 from grpo.model.quantized import AFFINE, TypedEmbedding
 
 CHUNK = 2**24
-"""Numbers of the matrix that are float32 at a time: 64 MB."""
+"""Numbers of the matrix that are cast to float32 at a time: 64 MB."""
 HELD, HELD_ON_CPU = 4, 20
-"""Such pieces that are there at once, at most. A CPU begins operations long before it comes to them (measured: 18); a
-GPU's batches of operations are smaller than a piece (reckoned: the piece before, this one, the next, one to spare)."""
+"""Most pieces in memory at the same time. On a CPU, MLX allocates operations long before it runs them (measured: 18
+pieces). A GPU's batches of operations are smaller than a piece (estimated: the previous piece, this piece, the next,
+and a spare)."""
 
 TRIED_ROWS = (32, 64, 16)
-"""Rows of states that a quantized head is tried with: MLX has a kernel for each, and the first is the one that was seen
-to fail."""
+"""Numbers of rows for the trial of a quantized head. MLX has a separate kernel for each; the first is known to fail."""
 
 
 def _pieces(weight: mx.array) -> Iterator[slice]:
@@ -42,12 +41,12 @@ def _pieces(weight: mx.array) -> Iterator[slice]:
 def float32_product(x: mx.array, weight: mx.array) -> mx.array:
     """x `[N, D]` times the transpose of weight `[V, D]`, 16-bit or float32: `[N, V]` float32.
 
-    Products and sums are float32, and so are those of the gradients, which are rounded to their arrays' dtypes at the
-    end. `CHUNK` numbers of the weight are copied at a time.
+    Products and sums are float32, in the gradients too, which are rounded to their arrays' dtypes at the end. `CHUNK`
+    numbers of the weight are copied at a time.
     """
     states = x.astype(mx.float32)
     parts: list[mx.array] = []
-    for piece in _pieces(weight):  # each waits for the one before it, or MLX would make all of them at once
+    for piece in _pieces(weight):  # each piece waits for the previous one, or MLX would copy all together
         rows = mx.depends(weight[piece], parts[-1:]) if parts else weight[piece]
         parts.append(states @ rows.astype(mx.float32).T)
     return mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
@@ -68,7 +67,7 @@ def _gradients(primals: tuple[mx.array, mx.array], slopes: mx.array, _: mx.array
 
 
 def _project(x: mx.array, weight: mx.array) -> mx.array:
-    """The same for `[..., D]`: `[..., V]`."""
+    """`float32_product` for x `[..., D]`: `[..., V]`."""
     flat: Any = float32_product(x.reshape(-1, x.shape[-1]), weight)
     logits: mx.array = flat.reshape(*x.shape[:-1], weight.shape[0])
     return logits
@@ -91,7 +90,7 @@ class WideLinear(nn.Linear):  # type: ignore[misc]  # untyped
 
 
 class WideQuantizedLinear(nn.QuantizedLinear):  # type: ignore[misc]
-    """A quantised linear layer with a float32 result."""
+    """A quantized linear layer with a float32 result."""
 
     def __call__(self, x: mx.array) -> mx.array:
         y = _quantized_project(self, x)
@@ -99,21 +98,21 @@ class WideQuantizedLinear(nn.QuantizedLinear):  # type: ignore[misc]
 
 
 class WideEmbedding(nn.Embedding):  # type: ignore[misc]
-    """An embedding that is the head too, and then has a float32 result."""
+    """An embedding that is also the head, with a float32 result as the head."""
 
     def as_linear(self, x: mx.array) -> mx.array:
         return _project(x, self["weight"])
 
 
 class WideQuantizedEmbedding(nn.QuantizedEmbedding):  # type: ignore[misc]
-    """The same of a quantised one."""
+    """A quantized embedding that is also the head, with a float32 result as the head."""
 
     def as_linear(self, x: mx.array) -> mx.array:
         return _quantized_project(self, x)
 
 
 class WideTypedEmbedding(WideQuantizedEmbedding, TypedEmbedding):
-    """The same of one in small floating point numbers."""
+    """`WideQuantizedEmbedding` for small floating-point formats."""
 
 
 WIDE: dict[type, type] = {
@@ -126,15 +125,15 @@ WIDE: dict[type, type] = {
 
 
 HEADS = (nn.Linear, nn.QuantizedLinear)
-"""Those that stand beside the body; the others are in it."""
+"""Classes of heads outside the body. The other classes of `WIDE` are embeddings inside it."""
 
 
 def widen_head(model: nn.Module) -> bool:
-    """Make the head of a 16-bit model give float32 logits, and say whether that worked. Computes nothing,
-    except for the trial of a quantized head on a GPU.
+    """Make the head of a 16-bit model compute float32 logits. Returns whether that worked.
 
-    Which module is the head is found by trial: it is the linear layer beside the body, or the embedding, whose result
-    decides the dtype of the logits.
+    Evaluates nothing, except for the trial of a quantized head on a GPU.
+
+    A trial finds the head: the linear layer outside the body, or the embedding, that determines the logits' dtype.
     """
     if _logits_dtype(model) == mx.float32:
         return False
@@ -143,7 +142,7 @@ def widen_head(model: nn.Module) -> bool:
     embeddings = [module for module in model.modules() if type(module) in WIDE and type(module) not in HEADS]
     for module in (*linear, *embeddings):
         narrow = type(module)
-        module.__class__ = WIDE[narrow]  # in place: whoever holds this module holds the head
+        module.__class__ = WIDE[narrow]  # in place: other references to this module get the new head, too
         if _logits_dtype(model) == mx.float32 and _multiplies(module):
             return True
         module.__class__ = narrow
@@ -153,8 +152,8 @@ def widen_head(model: nn.Module) -> bool:
 def _multiplies(module: Any) -> bool:
     """Whether this machine can compute with a widened head.
 
-    On an H200 MLX 0.32 failed to compile its quantized product of float32 states for some numbers of rows, so a GPU
-    tries it.
+    Tried on a GPU, because on an H200 MLX 0.32 failed to compile its quantized product of float32 states for some
+    numbers of rows.
     """
     if "scales" not in module or not on_gpu():
         return True
@@ -168,12 +167,13 @@ def _multiplies(module: Any) -> bool:
 
 
 def wide_head(model: nn.Module) -> nn.Module | None:
-    """The module that was widened, if one was."""
+    """The widened module, or None."""
     return next((module for module in model.modules() if type(module) in WIDE.values()), None)
 
 
 def bytes_at_work(model: nn.Module, gpu: bool) -> int:
-    """What a widened head holds beside its logits: float32 pieces of its matrix, or of a quantised one its scales."""
+    """Bytes that a widened head needs in addition to its logits: float32 pieces of its matrix, or a quantized matrix's
+    float32 scales."""
     head = wide_head(model)
     if head is None:
         return 0
@@ -185,5 +185,5 @@ def bytes_at_work(model: nn.Module, gpu: bool) -> int:
 
 
 def _logits_dtype(model: nn.Module) -> mx.Dtype:
-    dtype: mx.Dtype = model(mx.array([[0, 1]])).dtype  # nothing is computed
+    dtype: mx.Dtype = model(mx.array([[0, 1]])).dtype  # nothing is evaluated
     return dtype

@@ -1,4 +1,4 @@
-"""The maths of GRPO: arrays in, arrays out. Nothing here sees a model."""
+"""The math of GRPO: arrays in, arrays out. No function here sees a model."""
 
 from grpo.objective.advantages import advantages, total_rewards
 from grpo.objective.loss import policy_loss

@@ -1,4 +1,4 @@
-"""Rewards and advantages for groups of rollouts: the arrays' maths applied to what flows between rooms."""
+"""Rewards and advantages for groups of rollouts: applies `grpo.objective.advantages` to the types of `grpo.types`."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from grpo.presets import Preset
 from grpo.types import Group, Rollout
 
 Weights = Mapping[str, float]
-"""The weight of each reward by its name, environments' own included."""
+"""The weight of each reward by its name, including the environments' own rewards."""
 
 
 def with_rewards(groups: Sequence[Group], weights: Weights) -> list[Group]:
-    """The same groups with `reward` in their rollouts. Raises KeyError for a score without a weight."""
+    """The same groups, with `reward` set in their rollouts. Raises KeyError for a score without a weight."""
     totals: Any = total_rewards(*_scores(groups, weights)).tolist()
     return _changed(groups, (replace(r, reward=None if math.isnan(t) else t) for r, t in _zipped(groups, totals)))
 
 
 def with_advantages(groups: Sequence[Group], weights: Weights, cfg: AdvantageConfig, preset: Preset) -> list[Group]:
-    """The same groups with `advantage` in their rollouts, and with `advantage.turns: turn` `turn_advantages`.
+    """The same groups, with `advantage` set in their rollouts; with `advantage.turns: turn`, also `turn_advantages`.
 
-    All groups have the same size. `preset` is the loss's, for what `cfg` leaves open. Penalties count as one more
-    reward, of weight -1, for the completions that some reward scored.
+    All groups must have the same size. `preset` is the preset of the loss, for the settings that `cfg` leaves open.
+    Penalties count as one more reward of weight -1, for completions that have a score.
     """
     if cfg.turns == "turn":
         return _with_turn_advantages(groups, weights, cfg, preset)
@@ -38,9 +38,9 @@ def with_advantages(groups: Sequence[Group], weights: Weights, cfg: AdvantageCon
 
 
 def has_variance(group: Group, turns_by: Weights | None = None) -> bool:
-    """Whether the group's rewards differ, so that it teaches something.
+    """Whether the group's rewards differ: without variance, all its advantages are 0.
 
-    `turns_by` are the weights where advantages are of turns: then the rewards of turns are what must differ.
+    Pass the weights as `turns_by` if each turn has its own advantage: then the rewards of the turns must differ.
     """
     if turns_by is None:
         return len({rollout.reward for rollout in group.rollouts if rollout.reward is not None}) > 1
@@ -49,12 +49,12 @@ def has_variance(group: Group, turns_by: Weights | None = None) -> bool:
 
 
 def turn_rewards(groups: Sequence[Group], weights: Weights) -> list[list[float]]:
-    """The rewards of each completion's turns, weighed; NaN for a turn without one.
+    """The weighted rewards of each completion's turns; NaN for a turn without a reward.
 
-    A turn has what its environment's steps gave for it. The last turn has the outcome besides, if there is any: the
-    weighted sum of all other rewards, what `get_reward` returned among them, less the penalty. It is 0 if the
-    completion has a score, though none of its turns has a reward (`grpo.scoring.own`). A completion that failed, or
-    that nothing scored, has no rewards.
+    The reward of a turn is what the environment's step returned for it. The last turn also gets the outcome, if there
+    is one: the weighted sum of all other rewards, including what `get_reward` returned, minus the penalty. If the
+    completion has a score, but neither an outcome nor a turn with a reward, the reward of its last turn is 0 (see
+    `grpo.scoring.own`). A completion that failed or has no score has only NaN.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     scores_NF, weights_F = _scores(groups, weights)
@@ -76,33 +76,34 @@ def _with_turn_advantages(
     turns = [tuple(value[: len(row)]) for value, row in zip(values, rewards_NT, strict=True)]
     rollouts = (rollout for group in groups for rollout in group.rollouts)
     changed = (
-        replace(rollout, advantage=own[0] if own else 0.0, turn_advantages=own)
-        for rollout, own in zip(rollouts, turns, strict=True)
+        replace(rollout, advantage=by_turn[0] if by_turn else 0.0, turn_advantages=by_turn)
+        for rollout, by_turn in zip(rollouts, turns, strict=True)
     )
     return _changed(groups, changed)
 
 
 def _of_turns(rollout: Rollout, weights: Weights, outcome: float, scored: bool) -> list[float]:
-    """The rewards of a completion's turns. `outcome` is without the penalty, and NaN for none.
+    """The rewards of a completion's turns. `outcome` does not include the penalty; NaN: there is no outcome.
 
-    Raises ValueError for a conversation with rewards for other turns.
+    Raises ValueError if the conversation has rewards for another number of turns than its tokens.
     """
     conversation, count = rollout.trajectory.conversation, rollout.trajectory.turns
     given = () if conversation is None else conversation.turn_rewards
     if given and len(given) != count:
-        raise ValueError(f"a conversation has rewards for {len(given)} turns, and its tokens are of {count}")
+        raise ValueError(f"a conversation has rewards for {len(given)} turns, but its tokens are from {count} turns")
     if not scored or count == 0:
         return [math.nan] * count
     weight = 0.0 if conversation is None else weights.get(conversation.environment, 0.0)
     rewards = [weight * reward if reward is not None and weight else math.nan for reward in given or [None] * count]
     penalties = [-rollout.penalty] if rollout.penalty else []
     known = [reward for reward in (outcome, *penalties, rewards[-1]) if not math.isnan(reward)]
-    nothing = not known and not all(map(math.isnan, rewards))  # or the sum of none, 0, is what the completion scored
+    # Without any reward in any turn, the completion's score is an empty sum: 0.
+    nothing = not known and not all(map(math.isnan, rewards))
     return [*rewards[:-1], math.nan if nothing else sum(known)]
 
 
 def _outcomes(scores_NF: mx.array, rollouts: Sequence[Rollout]) -> mx.array:
-    """The scores without the rewards of turns: of an environment's own, what `get_reward` returned."""
+    """The scores without the rewards of turns: an environment's own score becomes what `get_reward` returned."""
     rows: Any = scores_NF.tolist()
     names = list(rollouts[0].scores)
     for row, rollout in zip(rows, rollouts, strict=True):
@@ -114,8 +115,8 @@ def _outcomes(scores_NF: mx.array, rollouts: Sequence[Rollout]) -> mx.array:
 
 
 def _penalised(scores_NF: mx.array, weights_F: mx.array, groups: Sequence[Group]) -> tuple[mx.array, mx.array]:
-    """Scores and weights with the penalties, if there are any: one more reward, of weight -1, of the completions that
-    have a score that counts."""
+    """Scores and weights, with any penalties as one more reward of weight -1, for completions that have a score whose
+    weight is not 0."""
     penalties = [r.penalty for group in groups for r in group.rollouts]
     if any(penalties):
         scored = ~mx.isnan(total_rewards(scores_NF, weights_F))
@@ -125,8 +126,8 @@ def _penalised(scores_NF: mx.array, weights_F: mx.array, groups: Sequence[Group]
 
 
 def _scores(groups: Sequence[Group], weights: Weights) -> tuple[mx.array, mx.array]:
-    """Scores `[N, F]`, NaN for none, and weights `[F]`. Where a function or the environment failed, no score counts:
-    the sum would not be the others'."""
+    """Scores `[N, F]`, NaN for no score, and weights `[F]`. If a function or the environment failed, the completion has
+    no scores: a sum without the failed score could not be compared with the sums of other completions."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     names = list(rollouts[0].scores) if rollouts else list(weights)
     scores = [[math.nan if r.scores[name] is None or r.failed else r.scores[name] for name in names] for r in rollouts]

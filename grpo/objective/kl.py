@@ -12,13 +12,13 @@ Estimator = Literal["k1", "k2", "k3"]
 
 
 def kl_estimate(logprobs: mx.array, reference: mx.array, estimator: Estimator) -> mx.array:
-    """Per token, with `d = reference - logprobs`; 0 where the two agree.
+    """The estimate for each token, with `d = reference - logprobs`; 0 where the two agree.
 
-        k1  -d           gradient with respect to logprobs 1: unbiased in value, and on average no gradient at all
-        k2  d² / 2       gradient -d: on policy that of the reverse KL
+        k1  -d           gradient 1 with respect to logprobs: an unbiased value, but a gradient of mean 0 on policy
+        k2  d² / 2       gradient -d: on policy, the gradient of the reverse KL
         k3  e^d - d - 1  gradient 1 - e^d; never negative; GRPO's form (arXiv 2402.03300, eq. 4)
 
-    Times the ratio, k3 has on policy the gradient -d, that of the reverse KL.
+    Multiplied by the ratio, k3 also has the gradient -d of the reverse KL on policy.
     """
     d = reference - logprobs
     match estimator:

@@ -23,7 +23,7 @@ from grpo.objective.teaching import sampled_kl
 from grpo.types import Batch
 
 CustomLoss = Callable[[mx.array, Batch, LossConfig], mx.array]
-"""A loss of `loss.use`: `(current, batch, cfg) -> per_token_loss`, `[B, T]`. See `policy_loss`."""
+"""The function named by `loss.use`: `(current, batch, cfg) -> per_token_loss`, `[B, T]`. See `policy_loss`."""
 
 
 def policy_loss(
@@ -41,26 +41,26 @@ def policy_loss(
     over trained tokens. keep is the off-policy mask and w the correction for the sampler (vespo puts w into its own
     weight instead). grpo/presets.py has the formulas.
 
-    current `[B, T]` float32 is log p under the current policy, differentiable. entropies `[B, T]` float32, in nats, or
-    None. divergence `[B, T]` float32 is the KL to a teacher in nats, differentiable, where the batch has the weight d
-    (`teacher_coef`). The batch must have `trained`, `weights` and `advantages`. The other columns are used as follows:
+    current `[B, T]` float32 is log p under the current policy, differentiable. entropies `[B, T]` float32 are in nats,
+    or None. divergence `[B, T]` float32 is the KL to a teacher in nats, differentiable; it is required if the batch has
+    the weight d (`teacher_coef`). The batch must have `trained`, `weights` and `advantages`. Its other columns:
 
         anchor     denominator of the ratios, except dppo's. None: the current policy is the anchor, every ratio is 1.
-        stale      where it is 1, `behaviour` is the anchor: of ratios, bounds and corrections. A stale token's ratio is
-                   never 1 by construction.
+        stale      where it is 1, `behaviour` is the anchor for ratios, bounds and corrections, so the ratio of a stale
+                   token may differ from 1 even without the column `anchor`
         behaviour  read by the correction, the off-policy mask, dppo and the `sampling/` metrics
-        sampler    replaces `behaviour` in the correction and in dppo if filters changed what was drawn from. The
-                   off-policy mask compares two policies, and keeps `behaviour`.
-        reference  required if the KL penalty has a weight above 0
-        teacher    read by the metric `teacher/kl` alone: what it gives is in `advantages` already
-        beta       replaces `cfg.beta` as that weight
-        entropies  replaces the argument `entropies` in the metric `entropy`: with dropout, the values without it
+        sampler    replaces `behaviour` in the correction and in dppo if filters changed the distribution that tokens
+                   were drawn from. The off-policy mask compares two policies, so it always reads `behaviour`.
+        reference  required if β is above 0
+        teacher    read only by the metric `teacher/kl`: `advantages` already includes the teacher's part
+        beta       replaces `cfg.beta` as β
+        entropies  replaces the argument `entropies` in the metric `entropy`: with dropout, the values without dropout
 
     `custom` replaces the surrogate. In the batch that it receives, `anchor` is always set and every column is 0 at
     untrained tokens.
 
-    Metrics are scalars over the batch's trained tokens; `combine_metrics` merges those of several batches. Columns may
-    hold anything at untrained tokens, NaN included: they are masked before any exponential.
+    Metrics are scalars over the batch's trained tokens; `combine_metrics` merges the metrics of several batches.
+    Columns may hold any value at untrained tokens, even NaN: they are masked before any exponential.
 
     Raises ValueError if the settings need a column that the batch lacks.
     """
@@ -83,7 +83,7 @@ def policy_loss(
 
 
 def _on_trained(batch: Batch, current: mx.array) -> Batch:
-    """The batch with 0 at untrained tokens in every column, and with an anchor: see `_anchored`."""
+    """The batch with 0 at untrained tokens in every column, and with an anchor (see `_anchored`)."""
     trained = batch.trained.astype(mx.float32)
 
     def masked(column: mx.array | None) -> mx.array | None:
@@ -106,7 +106,7 @@ def _on_trained(batch: Batch, current: mx.array) -> Batch:
 
 
 def _anchored(batch: Batch, current: mx.array) -> mx.array | None:
-    """What ratios are to, if that is not the current policy: the batch's anchor, and `behaviour` for stale tokens."""
+    """The denominator of ratios: the batch's anchor, but `behaviour` for stale tokens. None: the current policy."""
     if batch.stale is None:
         return batch.anchor
     anchor = mx.stop_gradient(current) if batch.anchor is None else batch.anchor
@@ -140,7 +140,10 @@ def _correction(batch: Batch, cfg: LossConfig) -> mx.array | None:
 def _off_policy_mask(
     per_token: mx.array, terms: Terms, batch: Batch, cfg: LossConfig, entropies: mx.array | None
 ) -> tuple[mx.array, Metrics]:
-    """Set the loss to 0 on completions that the policy has moved away from, by behaviour (else anchor) - current."""
+    """Set the loss to 0 on completions that the policy has moved away from (see `off_policy_keep`).
+
+    Without `behaviour`, the drift is anchor - current.
+    """
     del entropies
     if cfg.off_policy_mask_threshold is None:
         return per_token, {}
@@ -153,7 +156,7 @@ def _off_policy_mask(
 def _penalty(
     per_token: mx.array, terms: Terms, batch: Batch, cfg: LossConfig, entropies: mx.array | None
 ) -> tuple[mx.array, Metrics]:
-    """Add β · KL of each token, if the loss has a penalty at this step."""
+    """Add β · KL to the loss of each token, if the loss has a KL penalty at this step."""
     del entropies
     if cfg.kl_in != "loss" or not (cfg.beta > 0 or cfg.beta_end):
         return per_token, {}
@@ -170,10 +173,10 @@ def _penalty(
 def _entropy_bonus(
     per_token: mx.array, terms: Terms, batch: Batch, cfg: LossConfig, entropies: mx.array | None
 ) -> tuple[mx.array, Metrics]:
-    """Subtract c · entropy of each token, if there is a bonus. The metric needs only entropies."""
+    """Subtract c · entropy from the loss of each token, if c is above 0. The metric needs only `entropies`."""
     if entropies is None:
         if cfg.entropy_coef > 0:
-            raise ValueError("entropy_coef > 0 needs entropies")
+            raise ValueError("entropy_coef > 0 needs the argument `entropies`")
         return per_token, {}
     entropies = mx.where(terms.trained > 0, entropies, 0.0)
     if cfg.entropy_coef > 0:
@@ -182,10 +185,10 @@ def _entropy_bonus(
 
 
 def _teaching(per_token: mx.array, batch: Batch, divergence: mx.array | None) -> tuple[mx.array, Metrics]:
-    """Add d · KL(policy ‖ teacher) of each token, if it is a term of the loss. Both ways it is measured."""
+    """Add d · KL(policy ‖ teacher) to the loss of each token, if the batch has d. With or without d, measure the KL."""
     if batch.teacher_coef is not None:
         if divergence is None:
-            raise ValueError("teacher_coef needs the divergence from the teacher")
+            raise ValueError("a batch with `teacher_coef` needs the argument `divergence`")
         divergence = mx.where(batch.trained > 0, divergence, 0.0)
         return per_token + batch.teacher_coef * divergence, {"teacher/kl": mean(divergence, batch.trained)}
     if batch.teacher is None or batch.behaviour is None:

@@ -16,16 +16,16 @@ Metrics = dict[str, mx.array]
 
 LOGP_DIFFERENCE = "sampling/sampling_logp_difference/mean"
 UNFILTERED_LOGP_DIFFERENCE = "sampling/unfiltered_logp_difference/mean"
-"""The same difference for `behaviour`. Present only if filters changed the distribution that was drawn from."""
+"""The same difference for `behaviour`. Present only if filters changed the distribution that tokens were drawn from."""
 
 
 def mean(values: mx.array, trained: mx.array) -> mx.array:
-    """The mean of `[B, T]` over trained tokens; 0 without any."""
+    """The mean of `[B, T]` over trained tokens; 0 if there are none."""
     return (values * trained).sum() / mx.maximum(trained.sum(), 1)
 
 
 def counts(batch: Batch) -> Metrics:
-    """How many tokens the batch trains on, and where some are stale, how many of them are not."""
+    """The number of tokens that the batch trains on; if it has the column `stale`, also the number of fresh tokens."""
     tokens = {TOKENS: batch.trained.sum()}
     return tokens if batch.stale is None else {**tokens, FRESH: _fresh(batch).sum()}
 
@@ -36,7 +36,7 @@ def _fresh(batch: Batch) -> mx.array:
 
 
 def clip_metrics(terms: Terms, cfg: LossConfig, surrogate: Surrogate | None) -> Metrics:
-    """Fractions of tokens beyond the bound that applies for the sign of their advantage; empty without bounds."""
+    """Fractions of tokens beyond the bound for the sign of their advantage; empty if the surrogate has no bounds."""
     if surrogate not in BOUNDED:
         return {}
     trained = terms.trained
@@ -54,11 +54,11 @@ def clip_metrics(terms: Terms, cfg: LossConfig, surrogate: Surrogate | None) -> 
 
 
 def sampler_metrics(batch: Batch) -> Metrics:
-    """How far the logprobs of the distribution that was drawn from are from the anchor's. Ratios are not truncated.
+    """How far the sampling logprobs are from the anchor's logprobs. Ratios are not truncated.
 
     The anchor is the policy that sampled, as the update computes it. So the difference shows where decoding and the
-    update disagree, and what filters changed. Stale tokens have no part in it: the anchor of these is what the sampler
-    said, and would hide a gap.
+    update disagree, and what filters changed. Stale tokens are left out: their anchor is the sampler's own logprob,
+    which would hide a gap.
     """
     sampler = drawn_from(batch)
     if sampler is None:
@@ -85,7 +85,7 @@ def sampler_metrics(batch: Batch) -> Metrics:
 
 
 def _difference(anchor: mx.array, other: mx.array, trained: mx.array) -> mx.array:
-    """The mean absolute difference of logprobs. NaN if any is NaN: corrections may ignore NaNs, checks may not."""
+    """The mean absolute difference of logprobs. NaN if any logprob is NaN: corrections ignore NaN, checks must not."""
     return mean(mx.where(trained > 0, mx.abs(anchor - other), 0.0), trained)
 
 

@@ -1,4 +1,4 @@
-"""Importance ratios, of tokens or of whole completions."""
+"""Importance ratios of tokens or of whole completions."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import mlx.core as mx
 from grpo.presets import Ratio
 
 LARGEST = 20.0
-"""Log-ratios are cut off here before they are exponentiated: beyond it float32 would overflow to NaN gradients."""
+"""Log-ratios are capped at this value before the exponential: float32 would overflow and give NaN gradients."""
 
 
 def bounded_exp(values: mx.array) -> mx.array:
-    """`exp`, constant (and so without gradient) from e^20 on."""
+    """`exp(values)`, capped at e^20, where it is constant and so has no gradient."""
     return mx.exp(mx.minimum(values, LARGEST))
 
 
@@ -21,12 +21,13 @@ def mean_over_tokens(values: mx.array, trained: mx.array) -> mx.array:
 
 
 def log_ratios(current: mx.array, denominator: mx.array, trained: mx.array, level: Ratio) -> mx.array:
-    """Log of the ratio current / denominator that each token's surrogate sees: `[B, T]`, 0 where nothing is trained.
+    """Log of the ratio current / denominator that each token's surrogate uses: `[B, T]`, 0 at untrained tokens.
 
-    The denominator is the anchor (the policy before this step's first update), or for dppo what was sampled from.
+    The denominator is the anchor (the policy before this step's first update), or for dppo the sampling distribution.
 
-    `sequence` (GSPO, arXiv 2507.18071, eq. 7) is the same for a row's trained tokens; `sequence_token` (eq. 14) has its
-    value and the gradient of the token's own ratio. A conversation that went on in new rows is a sequence in each.
+    `sequence` (GSPO, arXiv 2507.18071, eq. 7) is the same for all trained tokens of a row. `sequence_token` (eq. 14)
+    has the value of `sequence` and the gradient of the token's own ratio. A conversation that continues in new rows is
+    one sequence in each row.
     """
     log_ratio = current - denominator
     if level == "token":

@@ -1,4 +1,4 @@
-"""Surrogates: what is made of a ratio and an advantage, per token, to be minimised. Formulas: grpo/presets.py."""
+"""Surrogates: the loss of each token, to be minimized, from its ratio and advantage. Formulas: grpo/presets.py."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from grpo.objective.ratios import bounded_exp, mean_over_tokens
 from grpo.presets import Surrogate
 
 DPPO_CEILING = 20.0
-"""Of dppo's ratio to the sampler, as in verl and TRL."""
+"""Upper bound of dppo's ratio to the sampler, as in verl and TRL."""
 LEAST_WEIGHT = 1e-8
-"""vespo reads a smaller weight as this, as its authors' code does, so that its logarithm is finite."""
+"""Lower bound of vespo's weights, as in its authors' code, so that their logarithm is finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +23,9 @@ class Terms:
     """The inputs of a surrogate, all `[B, T]` float32, 0 at untrained tokens.
 
     `current` is log p under the current policy. `denominator` is log p under the anchor (the policy before this step's
-    first update; for stale tokens the policy that sampled), for dppo under the distribution that was drawn from.
-    `log_ratio` is the log of their ratio, per token or sequence as the loss says. `correction` has the importance
-    weights anchor / sampler, None without a correction.
+    first update; for stale tokens, the policy that sampled), or for dppo under the sampling distribution. `log_ratio`
+    is the log of their ratio, per token or per sequence, as the preset says. `correction` has the importance weights
+    anchor / sampler; None if the loss has no correction.
     """
 
     current: mx.array
@@ -41,7 +41,7 @@ class Terms:
 
 
 def clip(terms: Terms, cfg: LossConfig) -> mx.array:
-    """PPO's pessimistic bound (arXiv 1707.06347), with an upper bound of its own and TRL's cap `delta`."""
+    """PPO's pessimistic bound (arXiv 1707.06347), with a separate upper bound `epsilon_high` and TRL's cap `delta`."""
     ratio, preset = terms.ratio, cfg.preset
     clipped = mx.clip(ratio, 1 - preset.epsilon, 1 + preset.epsilon_high)
     first = ratio if cfg.delta is None else mx.minimum(ratio, cfg.delta)
@@ -49,7 +49,7 @@ def clip(terms: Terms, cfg: LossConfig) -> mx.array:
 
 
 def cispo(terms: Terms, cfg: LossConfig) -> mx.array:
-    """The gradient of -A lp weighed by the ratio, whose ceiling removes no token (arXiv 2506.13585)."""
+    """The gradient of -A lp, weighted by the ratio up to a ceiling, which removes no token (arXiv 2506.13585)."""
     return -mx.stop_gradient(mx.minimum(terms.ratio, cfg.epsilon_max)) * terms.advantages * terms.current
 
 
@@ -60,11 +60,11 @@ def sapo(terms: Terms, cfg: LossConfig) -> mx.array:
 
 
 def vespo(terms: Terms, cfg: LossConfig) -> mx.array:
-    """-A lp weighed by a gamma-shaped function of the whole completion's ratio, 1 at ratio 1.
+    """The gradient of -A lp, weighted by a gamma-shaped function of the whole completion's ratio: 1 at ratio 1.
 
-    The ratio is current / anchor. Where there is a correction, the product of its weights (anchor / sampler) is a
-    factor of that ratio, which then is to what was sampled from, and no factor of the loss: as in the authors' code and
-    in TRL.
+    The ratio is current / anchor. With a correction, the ratio is multiplied by the correction's weights (anchor /
+    sampler), which makes it current / sampler; the loss is then not multiplied by them. The authors' code and TRL do
+    the same.
     """
     log_ratio = terms.log_ratio
     if terms.correction is not None:
@@ -78,7 +78,7 @@ def vespo(terms: Terms, cfg: LossConfig) -> mx.array:
 
 
 def gmpo(terms: Terms, cfg: LossConfig) -> mx.array:
-    """The geometric mean of a completion's ratios, each bounded where its advantage binds (arXiv 2507.20673)."""
+    """The geometric mean of a completion's ratios, each bounded in its advantage's direction (arXiv 2507.20673)."""
     preset = cfg.preset
     above = mx.minimum(terms.log_ratio, preset.epsilon_high)
     below = mx.maximum(terms.log_ratio, -preset.epsilon)
@@ -87,15 +87,15 @@ def gmpo(terms: Terms, cfg: LossConfig) -> mx.array:
 
 
 def dppo(terms: Terms, cfg: LossConfig) -> mx.array:
-    """The gradient of -A lp weighed by the ratio to the sampler, for tokens inside the trust region: those whose
-    probability has not moved too far from the sampler's the way they are pushed.
+    """The gradient of -A lp, weighted by the ratio to the sampler, for tokens inside the trust region.
 
-    The sampler is the batch's `sampler`, or `behaviour` where no filter made that another one; the anchor comes in only
-    where these are NaN.
+    A token leaves the region when its probability has moved too far from the sampler's in the direction of its
+    advantage. The sampler is the batch's `sampler`, or `behaviour` if no filter changed the distribution. The anchor
+    replaces these only where they are NaN.
 
-    DPPO-Binary-TV by the paper (arXiv 2602.04879) and its authors' code (sail-sg/Stable-RL, and in verl): there is
-    no penalty in it. The ln² r is the KL term of Kimi K2.5 (arXiv 2602.02276), which prime-rl adds to DPPO with a
-    weight of 1e-3 on every token, outside the region too; so does `dppo_penalty`, 0 unless it is set.
+    This is DPPO-Binary-TV as in the paper (arXiv 2602.04879) and its authors' code (sail-sg/Stable-RL, and in verl),
+    which has no penalty. The ln² r is the KL term of Kimi K2.5 (arXiv 2602.02276). prime-rl adds it to DPPO with a
+    weight of 1e-3 on every token, even outside the region; `dppo_penalty` (default 0) does the same.
     """
     low, high = _beyond_probability(terms, cfg)
     weight = mx.where(low | high, 0.0, mx.minimum(terms.ratio, DPPO_CEILING))
@@ -130,7 +130,7 @@ def _beyond_log_ratio(terms: Terms, cfg: LossConfig) -> tuple[mx.array, mx.array
 
 
 def _beyond_ceiling(terms: Terms, cfg: LossConfig) -> tuple[mx.array, mx.array]:
-    """The ceiling cuts a token's weight whichever way it is pushed."""
+    """The ceiling caps a token's weight whatever the sign of its advantage; there is no lower bound."""
     return mx.zeros(terms.trained.shape, mx.bool_), (terms.ratio > cfg.epsilon_max) & (terms.advantages != 0)
 
 
@@ -146,4 +146,4 @@ BOUNDED: dict[Surrogate, Callable[[Terms, LossConfig], tuple[mx.array, mx.array]
     "gmpo": _beyond_log_ratio,
     "dppo": _beyond_probability,
 }
-"""Which tokens are beyond a bound, below and above, for the surrogates that have bounds."""
+"""For each surrogate with bounds, the function that finds the tokens beyond its lower and upper bounds."""

@@ -1,7 +1,7 @@
-"""How a loss is averaged, as a weight for each token.
+"""Normalizers: how a loss is averaged, as a weight for each token.
 
-The denominators are those of a whole update, in `Totals`. They are fixed before the update is split into micro-batches
-or over ranks, so the sum of the parts' gradients does not depend on the split.
+The denominators count over a whole update (`Totals`). They are fixed before the update is split into micro-batches or
+over ranks, so the sum of the parts' gradients does not depend on the split.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def token_weights(
         constant      1 / (N · max_completion_length)
         micro_batch   1 / trained tokens of these rows; the caller divides by the number of micro-batches
 
-    `totals` has N and the tokens of the whole update, of which these rows may be a part. A row without trained tokens
-    has weight 0, but counts in N: it was sampled.
+    `totals` has N and the number of trained tokens for the whole update; these rows may be a part of it. A row without
+    trained tokens has weight 0, but counts in N, because it was sampled.
 
-    A conversation that went on in new rows (`environment.thinking: drop`) is one completion: it counts once in N, and
-    its rows share its weight by their trained tokens. `of_completion`, `[B]`, has for each row the trained tokens of
-    its whole completion; None: the row is all of it.
+    A conversation that continues in new rows (`environment.thinking: drop`) is one completion: it counts once in N, and
+    its rows share its weight in proportion to their trained tokens. `of_completion`, `[B]`, is the number of trained
+    tokens in the whole completion of each row; None: each row is a whole completion.
     """
     trained = trained.astype(mx.float32)
     match cfg.preset.normalize:
@@ -59,15 +59,15 @@ def weights_of_chosen(
 ) -> list[mx.array]:
     """Move the weights of a minibatch's micro-batches to the chosen tokens, a mask for each: `[B, T]` float32.
 
-    Denominators that count tokens then count the chosen tokens; N stays the number of sampled completions. So this sum
+    Denominators that count tokens then count the chosen tokens; N stays the number of sampled completions. So one sum
     of weights stays the same:
 
-        sequence                over each row that has a chosen token: a completion, or a part of one
-        token                   over the minibatch
-        micro_batch             over each micro-batch
+        sequence                the sum over each row that has a chosen token: a completion, or a part of one
+        token                   the sum over the minibatch
+        micro_batch             the sum over each micro-batch
 
-    `sequence_sum` and `constant` count no tokens, so there the weight of the other tokens is lost. `everywhere` adds an
-    array up over the processes that share the minibatch.
+    `sequence_sum` and `constant` count no tokens, so the weight of the tokens that are not chosen is lost. `everywhere`
+    sums an array over the processes that share the minibatch.
     """
     kept = [mx.where(part > 0, weight, 0.0) for weight, part in zip(weights, chosen, strict=True)]
     match cfg.preset.normalize:
@@ -78,7 +78,7 @@ def weights_of_chosen(
         case "token":
             zero = mx.array(0.0)
             sums = everywhere(mx.stack([sum((part.sum() for part in parts), zero) for parts in (weights, kept)]))
-            totals, lefts = ([one] * len(kept) for one in sums)
+            totals, lefts = ([part] * len(kept) for part in sums)
         case "sequence_sum" | "constant":
             return kept
     return [_scaled(part, total, left) for part, total, left in zip(kept, totals, lefts, strict=True)]

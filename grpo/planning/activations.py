@@ -1,9 +1,9 @@
-"""What an update needs, reckoned from a model's sizes: for where there is no model to measure (`footprint`).
+"""The memory of an update, estimated from a model's sizes, for plans without a model to measure (`footprint`).
 
-Numbers of the size of an activation, fitted to measurements of Qwen2 and Qwen3 shapes on two CPU cores, with LoRA on
-every linear layer (on fewer, less is kept): 26 shapes of 2 to 24 layers, rows of 24 to 700 tokens. Mean error 5 %, the
-largest 17 %; with experts, where the inner layer counts as wide as all that a token meets, 35 %. Other
-architectures keep other things.
+The coefficients count numbers per activation. They were fitted to measurements of Qwen2 and Qwen3 shapes on two CPU
+cores, with LoRA on every linear layer (with fewer LoRA layers, less is kept): 26 shapes of 2 to 24 layers, rows of 24
+to 700 tokens. The mean error is 5 %, the largest 17 %. With experts it is 35 %; there the inner width is that of all
+experts that a token uses. Other architectures were not fitted.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from grpo.model.rowwise import PAYING, tile_tokens
 from grpo.planning.footprint import HEAD_SUMS, MOST_COPIES, Footprint
 
 INPUTS_ON_THEIR_WAY = 2
-"""Layers whose inputs are on the device at once where inputs are offloaded: one that goes or comes, and one at work."""
+"""Layers whose inputs are on the device simultaneously if inputs are offloaded: one in transfer, and one in use."""
 INSIDE = 10.1
-"""Numbers of one checkpointed layer that is computed again, for each of the inside of its feed-forward part."""
+"""Numbers that recomputing one checkpointed layer keeps, for each number inside its feed-forward part."""
 SCORES_KEPT, SCORES_AT_WORK = 0.53, 1.4
-"""Numbers for each pair of tokens and head, short rows: of each layer, and once more for the layer at work; and of the
-one layer at work, where layers are checkpointed. A causal mask hides half of the pairs, which tiles leave out. Measured
-for 2, 3, 4 and 8 layers: 0.46 to 0.52, and 0.7 to 1.8."""
+"""Attention scores kept for each pair of tokens and each head, in short rows. SCORES_KEPT: without checkpoints, per
+layer, plus one layer for the current one. SCORES_AT_WORK: with checkpoints, for the current layer only. A causal mask
+hides half of the pairs, which tiles leave out. Measured for 2, 3, 4 and 8 layers: 0.46 to 0.52, and 0.7 to 1.8."""
 
 SCORES_OF_A_PASS = 0.5
-"""The same of a forward pass alone. Measured: 0.33 to 0.51."""
+"""The same for a forward pass alone. Measured: 0.33 to 0.51."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Widths:
-    """Of a layer, in numbers: its input, queries, keys, and the inside of its feed-forward part."""
+    """The widths of a layer: its input, queries, keys, and the inside of its feed-forward part."""
 
     hidden: int
     queries: int
@@ -42,11 +42,12 @@ class _Widths:
 def reckoned_footprint(
     costs: Costs, checkpointing: bool, fused: bool, head: int = 0, offloads: bool = False, gpu: bool = True
 ) -> Footprint:
-    """As `measure_footprint` finds it.
+    """An estimate of the footprint that `measure_footprint` would measure.
 
-    `fused`: attention keeps no scores at all, which is so on CUDA; elsewhere it keeps them for short rows. `head`:
-    bytes that a head with float32 logits holds beside them. `offloads`: the inputs of checkpointed layers are in the
-    host's memory (`optim.offload_activations`). `gpu`: so many tokens and logits go at once as on a GPU.
+    fused     attention keeps no scores at all, as on CUDA; elsewhere it keeps the scores of short rows
+    head      bytes that a head with float32 logits needs besides the logits
+    offloads  the inputs of checkpointed layers are in the host's memory (`optim.offload_activations`)
+    gpu       chunks of tokens and logits have the sizes that are used on a GPU
     """
     inner, used = _inner(costs)
     widths = _widths(costs)
@@ -54,7 +55,7 @@ def reckoned_footprint(
     numbers = _checkpointed(inputs, widths) if checkpointing else _kept(costs.depth, widths)
     scores = costs.heads * (SCORES_AT_WORK if checkpointing else SCORES_KEPT * (costs.depth + 1))
     return Footprint(
-        # The sum of gradients so far, in float32, and a micro-batch's own.
+        # The float32 sum of gradients, and the gradient of a micro-batch.
         fixed=costs.trained * (4 + costs.itemsize),
         token=costs.itemsize * numbers,
         pair=0.0 if fused else costs.itemsize * scores,
@@ -72,10 +73,10 @@ def reckoned_footprint(
 
 
 def forward_footprint(costs: Costs, fused: bool, gpu: bool = True) -> Footprint:
-    """The same of a forward pass alone, in which nothing is kept: one layer's activations, whatever the depth.
+    """The footprint of a forward pass alone, which keeps nothing: one layer's activations, whatever the depth.
 
     Fitted to Qwen3 shapes on two CPU cores: 6 shapes of 2 to 8 layers, rows of 16 to 480 tokens; the largest error is
-    a fifth.
+    20 %.
     """
     widths = _widths(costs)
     numbers = 4.8 * widths.hidden + 2.0 * (widths.queries + 2 * widths.keys) + 4.0 * widths.inner
@@ -98,17 +99,18 @@ def _widths(costs: Costs) -> _Widths:
 
 
 def _inner(costs: Costs) -> tuple[int, int]:
-    """The inside of the feed-forward part, all that a token meets, and how many experts these are."""
+    """The inner width of the feed-forward part, summed over the experts that a token uses; and their number."""
     return max((product.used * product.outputs, product.used) for product in costs.products)
 
 
 def _kept(depth: int, width: _Widths) -> float:
-    """All layers' activations, and what is at work in one."""
+    """Numbers per token without checkpoints: all layers' activations, and the temporary arrays of one layer."""
     each = 4.9 * width.hidden + 3.3 * (width.queries + width.keys) + 5.0 * width.inner
     return depth * each + 4.2 * (width.hidden + width.queries + width.inner)
 
 
 def _checkpointed(inputs: int, width: _Widths) -> float:
-    """The inputs of so many layers, and one layer's activations but for the inside of its feed-forward part."""
+    """Numbers per token with checkpoints: the inputs of `inputs` layers, and one layer's activations, except the inside
+    of its feed-forward part."""
     layer = 6.4 * (width.queries + 2 * width.keys) + 10 * width.hidden
     return 1.05 * inputs * width.hidden + layer

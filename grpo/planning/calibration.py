@@ -1,9 +1,9 @@
 """Times of a step on CUDA, fitted to steps measured on one H200 (`scripts/benchmarks/RESULTS.md`).
 
 On that machine the generator and the trainer are far from the limits of bandwidth and arithmetic. A decoding step waits
-for launches, about 17 a layer, and for its bytes. Training waits for activations that go through memory between small
-kernels: its seconds grow with tokens × layers × hidden size, until the matrix products take longer. Launches take as
-long on another card; what goes through memory is scaled by the card's bandwidth.
+for launches, about 17 per layer, and for its memory traffic. Training waits for activations that go through memory
+between small kernels: its time grows with tokens × layers × hidden size, until the matrix products take longer. On
+other cards, launches are assumed to take equally long, and memory traffic is scaled by the card's bandwidth.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ bandwidth."""
 FORWARD = 1 / 4
 """The share of an update's bytes that a forward pass alone moves."""
 REACHED = 0.6
-"""The share of a machine's advertised operations per second that large matrix products reach at most."""
+"""The largest share of a machine's advertised operations per second that large matrix products reach."""
 
 
 def decode(chip: Chip, costs: Costs, step: Demand) -> float:
@@ -28,12 +28,12 @@ def decode(chip: Chip, costs: Costs, step: Demand) -> float:
 
 
 def update(chip: Chip, costs: Costs, tokens: int, work: Demand) -> float:
-    """Seconds of an update over `tokens` tokens, prompts included, that does `work`."""
+    """Seconds of an update over `tokens` tokens, prompts included, with the cost `work`."""
     moved = TOKEN * tokens * costs.depth * costs.hidden
     return max(moved / chip.bandwidth, work.flops / (REACHED * chip.flops))
 
 
 def forward(chip: Chip, costs: Costs, tokens: int, work: Demand) -> float:
-    """Seconds of a forward pass over `tokens` tokens that does `work`."""
+    """Seconds of a forward pass over `tokens` tokens with the cost `work`."""
     moved = FORWARD * TOKEN * tokens * costs.depth * costs.hidden
     return max(moved / chip.bandwidth, work.flops / (REACHED * chip.flops))

@@ -1,4 +1,4 @@
-"""A plan for any machine, from a model's shapes and what an update needs."""
+"""Makes a plan for any machine, from a model's shapes and the memory of an update."""
 
 from __future__ import annotations
 
@@ -27,19 +27,23 @@ from grpo.training.lanes import update_lanes
 from grpo.training.packing import Shape
 
 OF_DRAFTS = 4
-"""Drafts may have what waiting rows leave, and where that is less, one part in so many of what both could have: a row
-whose keys and values are dropped goes through the model again, which costs more than drafts save."""
+"""Drafts may use the memory that waiting rows leave, but at least 1/OF_DRAFTS of the memory for both. Waiting rows come
+first: a row whose keys and values are dropped goes through the model again, which costs more than drafts save."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What a plan is made from.
+    """The inputs of a plan.
 
-    The model's shapes and dtypes are enough: none of its arrays is computed. `states` are the adapter's besides the
-    policy, and `footprint` what an update needs without and with checkpointing. `tried` is what a micro-batch was seen
-    to take, and `entering` what so many prompts of a length were seen to take on their way through the model: None
-    where that is not tried. `lesson` is what a teacher takes, `graders` what reward models take. `held` does not depend
-    on the lengths of `load`: given where it is counted already.
+    model      only its shapes and dtypes are used: no array is computed
+    states     number of adapter states besides the policy
+    decoding   memory of decoding
+    footprint  memory of an update, without or with checkpointing
+    tried      measured bytes of a micro-batch; None if it is not tried out
+    entering   measured bytes of prefilling, by number of prompts and their length; None if it is not tried out
+    lesson     memory of a teacher
+    graders    memory of reward models
+    held       what does not depend on the lengths in `load`, if it was already counted
     """
 
     machine: Machine
@@ -56,9 +60,9 @@ class Case:
 
 
 def plan_on(case: Case) -> tuple[Plan, OptimConfig]:
-    """The plan of a run, and its `optim` section with what was `auto` decided.
+    """The plan of a run, and its `optim` section with values instead of `auto`.
 
-    Raises TooLargeError for what cannot fit.
+    Raises TooLargeError if the run cannot fit.
     """
     plan, optim = draft_on(case)
     if not plan.fits:
@@ -69,10 +73,10 @@ def plan_on(case: Case) -> tuple[Plan, OptimConfig]:
 
 
 def draft_on(case: Case) -> tuple[Plan, OptimConfig]:
-    """The same whether it fits or not: what does not has as little of everything as there can be.
+    """As `plan_on`, but without an error: the plan of a run that does not fit has as little of everything as possible.
 
-    Within a limit of the recipe's own, the head has fewer logits at once where more do not fit, or where a GPU, which
-    waits for launches, gets larger micro-batches for it.
+    Under `memory.limit_gb`, the head computes fewer logits at a time if otherwise the run does not fit, or if that
+    allows larger micro-batches.
     """
     machine, most = case.machine, LOGITS[case.machine.gpu]
     made = _draft(case, most)
@@ -88,7 +92,7 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
     held = case.held or Held.of(load.optim, load.adapter, model, case.states, machine.gpu)
     stays, need = _stays(case, held), load.need()
     room = machine.usable - sum(stays.values())
-    spare = room - held.head - held.whole + stays[FORMER]  # there is nothing of that yet
+    spare = room - held.head - held.whole + stays[FORMER]  # FORMER is empty during a rollout
     slots, entering = _slots(case, need, spare)
     chosen = Choice(
         machine,
@@ -104,7 +108,8 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
     ).make()
     decoded, waiting = need.bytes(decoding, max(1, slots), entering), need.waiting(decoding)
     left = max(0, spare - decoded)
-    # The same is set aside whatever rollout.speculate asks for, which then has no say in what waiting rows may keep.
+    # Set aside memory for the widest drafts even if rollout.speculate asks for less, so that the setting does not
+    # change what waiting rows may keep.
     unused = max(left - waiting, left // OF_DRAFTS)
     widest = 1 if decoding.narrow or not slots else widest_that_fits(decoding, need, slots, unused)
     fed = min(widest, widest_of(load.rollout.speculate))
@@ -142,7 +147,7 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
 
 
 def _phases(case: Case, held: Held, rollout: int, update: int) -> dict[str, int]:
-    """Bytes beside what stays, by what happens. Weights that are spread over processes are whole outside updates."""
+    """Bytes that each phase needs in addition to what stays. Spread weights are whole outside updates."""
     graded = case.graders.phases(case.load)
     updates = {
         "update": update,
@@ -157,14 +162,14 @@ def _phases(case: Case, held: Held, rollout: int, update: int) -> dict[str, int]
 
 
 def _stays(case: Case, held: Held) -> dict[str, int]:
-    """Bytes that are held all the time, by what they are for."""
+    """Bytes that stay in memory, by purpose."""
     beside = case.lesson.stays(case.load), case.load.stays(case.machine.cuda), case.graders.stays()
     stays = {name: size for parts in (held.stays, *beside) for name, size in parts.items()}
     return stays if case.load.updates else {**stays, "optimizer": 0, FORMER: 0}
 
 
 def _offloaded(case: Case, way: Checkpointing, shape: Shape) -> int:
-    """Bytes of another memory that the inputs of a micro-batch's checkpointed layers take."""
+    """Bytes of the host's memory that the offloaded inputs of a micro-batch's checkpointed layers take."""
     if not case.load.optim.offload_activations:
         return 0
     model, depth = case.model, len(case.model.layers)
@@ -173,9 +178,9 @@ def _offloaded(case: Case, way: Checkpointing, shape: Shape) -> int:
 
 
 def _slots(case: Case, need: Need, spare: int) -> tuple[int, int | None]:
-    """How many slots fit, and what was seen of the prompts that enter them, if that was tried.
+    """The number of slots that fit, and the measured bytes of prefilling their prompts, if that was tried out.
 
-    Where that is more than is reckoned, there are half as many slots, and so on down to one; 0 where not even one fits.
+    If the measurement shows that they do not fit, the number is halved, down to 1; 0 if not even one slot fits.
     """
     most, seen = case.load.rollout.max_concurrency, None
     while most:

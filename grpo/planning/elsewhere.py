@@ -1,4 +1,4 @@
-"""Plans for machines that are not at hand: from a model's config, with activations reckoned by sizes."""
+"""Plans for other machines, from a model's config, with activations estimated from sizes."""
 
 from __future__ import annotations
 
@@ -49,11 +49,15 @@ from grpo.recipes import with_settings
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """A recipe's run on another machine. The model has shapes and dtypes alone.
+    """A recipe's run on another machine. The model has only shapes and dtypes.
 
-    `states` are the adapter's besides the policy, `decoding` the way that would be chosen there, and `footprint` what
-    an update needs without and with checkpointing. `lesson` is what a teacher takes, `teacher` what a second model
-    computes, and `graders` are the reward models. `spread` says how processes spread the weights, if they do.
+    states     number of adapter states besides the policy
+    decoding   the method of decoding that grpo would choose on that machine
+    footprint  memory of an update, without or with checkpointing
+    lesson     memory of a teacher
+    teacher    cost of a second model as teacher
+    graders    the reward models
+    spread     how processes spread the weights, if they do
     """
 
     machine: Machine
@@ -70,7 +74,7 @@ class Elsewhere:
 
     @classmethod
     def of(cls, cfg: Recipe, config: Mapping[str, Any], machine: Machine, model: nn.Module | None = None) -> Elsewhere:
-        """For a recipe whose model has this `config.json`. `model` is its outline, if there is one already.
+        """The run of a recipe whose model has this `config.json`. `model` is its outline, if it was already made.
 
         Raises UserError for a model that mlx-lm does not know.
         """
@@ -101,7 +105,7 @@ class Elsewhere:
         )
 
     def plan(self) -> Plan:
-        """The plan that would be made there. Raises TooLargeError for what cannot fit."""
+        """The plan for that machine. Raises TooLargeError if the run cannot fit."""
         return plan_on(self._case)[0]
 
     @property
@@ -127,15 +131,15 @@ class Elsewhere:
 
     @property
     def lengths(self) -> FittingLengths:
-        """The lengths of completions that would fit there."""
+        """The lengths of completions that would fit on that machine."""
         return FittingLengths(self.load, self.draft, limit_of(self.model))
 
     def draft(self, load: Workload) -> Plan:
-        """The plan of another load there, whether it fits or not."""
+        """The plan of another workload on that machine, whether it fits or not."""
         return draft_on(replace(self._case, load=load))[0]
 
     def position_note(self) -> str | None:
-        """What a run would say, or be refused with, where its longest sequences are beyond the model's positions."""
+        """The warning or error of a run whose longest sequences are beyond the model's positions; None if they fit."""
         try:
             return position_note(self.model, self.load.longest, self.load.rollout.max_completion_length)
         except UserError as error:
@@ -157,7 +161,7 @@ def _model(
     if cfg.quantize is not None:
         if (former := stored(config)) is not None:
             bits = former.settings["bits"]
-            raise UserError(f"model.quantize: {cfg.name} is quantised already, to {bits} bits")
+            raise UserError(f"model.quantize: {cfg.name} is already quantized, to {bits} bits")
         config = {**config, "quantization": quantization(cfg.quantize).config}
     model = outline(config, adapter, dtype, make, _holders(cfg))
     if cfg.head_dtype != "model" and make is new_model:
@@ -167,7 +171,7 @@ def _model(
 
 @dataclass(frozen=True)
 class _NoGroup:
-    """What MLX asks of a group when it divides a layer."""
+    """The part of a communication group that MLX uses to divide a layer."""
 
     processes: int
 
@@ -179,11 +183,11 @@ class _NoGroup:
 
 
 class _Holders(Ranks):
-    """Processes that hold a model together on a machine that is not at hand, as their first one sees them."""
+    """Processes that share a model on another machine, as the first process sees them."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.group, self.size = _NoGroup(size), size  # type: ignore[assignment]  # and no exchange is made
+        self.group, self.size = _NoGroup(size), size  # type: ignore[assignment]  # nothing is exchanged
 
 
 def _holders(cfg: ModelConfig) -> Ranks:
@@ -201,7 +205,7 @@ def _together(cfg: ModelConfig) -> Ranks:
     if cfg.shard_size is None:
         raise UserError(
             "model.shard: a plan for another machine does not know how many processes will be started: set "
-            "model.shard_size to how many hold the model together"
+            "model.shard_size to the number of processes that share the model"
         )
     return _Holders(cfg.shard_size)
 
@@ -214,7 +218,7 @@ def _second(cfg: Recipe) -> nn.Module | None:
 
 
 def _graders(cfg: Recipe, policy: nn.Module, machine: Machine) -> Graders:
-    """The reward models of a recipe, by their configs, and its judges, by the policy's model."""
+    """The reward models of a recipe, from their configs, and its judges, from the policy's model."""
     found: list[tuple[nn.Module, RewardModelConfig | JudgeConfig]] = []
     for reward in cfg.rewards:
         if reward.judges:
@@ -228,7 +232,7 @@ def _graders(cfg: Recipe, policy: nn.Module, machine: Machine) -> Graders:
 
 
 def _decoding(machine: Machine, model: nn.Module, costs: Costs, kv_bits: int | None) -> SharedPrefix:
-    """The way of decoding that would be chosen on that machine; the plan asks it how much memory it holds."""
+    """The method of decoding that grpo would choose on that machine, from which the plan gets its memory."""
     attention: Attention = CudaAttention() if machine.cuda and not kv_bits else FusedRowAttention()
     shapes = [CacheShape(costs.kv_heads, costs.head_dim, costs.head_dim, mx.bfloat16)] * costs.depth
     shapes = packed(shapes, kv_bits) if kv_bits else shapes
@@ -236,11 +240,11 @@ def _decoding(machine: Machine, model: nn.Module, costs: Costs, kv_bits: int | N
 
 
 def model_config(cfg: ModelConfig) -> dict[str, Any]:
-    """The `config.json` of a model: one of the known configs, from its folder, or from the Hub."""
+    """The `config.json` of a model: a known config, from the model's folder, or from the Hub."""
     if cfg.name in CONFIGS:
         return CONFIGS[cfg.name]
     if cfg.name.startswith("builtin:"):
-        raise UserError(f"model {cfg.name} is made where it is used: `grpo train ... --dry-run` has its plan")
+        raise UserError(f"model {cfg.name} has no config.json: `grpo train ... --dry-run` shows the plan of its run")
     file = Path(cfg.name).expanduser() / "config.json"
     file = file if file.is_file() else _fetched(cfg)
     try:

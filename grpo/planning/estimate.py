@@ -1,8 +1,8 @@
-"""Estimates of what a recipe needs on another machine: memory from the plan, time from measurements or limits.
+"""Estimates of a recipe's needs on another machine: memory from the plan, time from measurements or lower bounds.
 
-Every prompt and completion counts with its greatest length, dynamic sampling counts as one round, and rewards take no
-time, unless they are models. Times on CUDA are fitted to measurements on one H200 (`calibration`) and scaled to other
-cards. No Mac has been measured: its bandwidth and arithmetic give a lower bound.
+Every prompt and completion counts with its maximum length, dynamic sampling counts as one round, and rewards take no
+time unless they are models. Times on CUDA are fitted to measurements on one H200 (`calibration`) and scaled to other
+cards. No Mac has been measured: bandwidth and arithmetic give a lower bound.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from grpo.planning.plan import Plan
 from grpo.planning.workload import Workload
 
 WORDS: dict[Known, str] = {"measured": "about", "scaled": "roughly", "bound": "over"}
-"""The word before a time, by how the time is known."""
+"""The word before a time: it says how the time is known."""
 LEGEND: dict[Known, str] = {
-    "measured": "about: fitted to steps of dense 0.6B and 4B models measured on this machine, within a fifth",
+    "measured": "about: fitted to steps of dense 0.6B and 4B models measured on this machine, within 20 %",
     "scaled": "roughly: scaled from an H200 by bandwidth and operations; not measured",
-    "bound": "over: a lower bound, what bandwidth and operations allow at most; not measured",
+    "bound": "over: a lower bound from bandwidth and operations; not measured",
 }
 
 RECKONED = (
-    "reckoned from the model's sizes, for prompts of data.max_prompt_length tokens; on the machine itself "
-    "`grpo train RECIPE --dry-run` tries what it plans"
+    "estimated from the model's sizes, for prompts of data.max_prompt_length tokens; on the machine itself "
+    "`grpo train RECIPE --dry-run` measures its plan"
 )
 
 
@@ -73,14 +73,16 @@ def _line(chip: Chip, cfg: Recipe, config: Mapping[str, Any], model: nn.Module) 
         return estimate(chip, cfg, config, model).line()
     except TooLargeError as error:
         largest, size = max(error.parts.items(), key=lambda part: part[1])
-        there = "more than memory.limit_gb" if machine.limited else "more than there are"
+        there = "more than memory.limit_gb" if machine.limited else "too much"
         short = f"{_size(error.needed)} needed, {_size(error.needed - machine.memory)} {there}"
         return f"{chip.name:<18}does not fit: {short}; the largest part is {largest}, {_size(size)}"
 
 
 def estimate(chip: Chip, cfg: Recipe, config: Mapping[str, Any], model: nn.Module | None = None) -> Estimate:
-    """The estimate for one recipe on one machine. `model` is its outline, if there is one. Raises TooLargeError if it
-    cannot fit, and UserError for a `memory.limit_gb` above what the machine has."""
+    """The estimate for a recipe on a machine. `model` is the model's outline, if it was already made.
+
+    Raises TooLargeError if the run cannot fit, and UserError for a `memory.limit_gb` above the machine's memory.
+    """
     there = Elsewhere.of(cfg, config, machine_of(chip.memory, chip.backend, cfg), model)
     plan, costs, load = there.plan(), there.costs, there.load
     step = _sampling(chip, costs, load, plan, plan.prompts, plan.rows) + _updates(chip, costs, cfg, plan)
@@ -88,7 +90,7 @@ def estimate(chip: Chip, cfg: Recipe, config: Mapping[str, Any], model: nn.Modul
     step += sum(_grading(chip, one, load, plan.rows) for one in there.graders.models)
     evaluations = 0.0
     if cfg.eval is not None:
-        rows = cfg.eval.prompts * (cfg.eval.samples + 1)  # and the greedy one
+        rows = cfg.eval.prompts * (cfg.eval.samples + 1)  # one more for the greedy completion
         often = cfg.optim.steps // cfg.eval.every + 1
         each = _sampling(chip, costs, load, plan, cfg.eval.prompts, rows)
         evaluations = often * (each + sum(_grading(chip, one, load, rows) for one in there.graders.models))
@@ -96,8 +98,11 @@ def estimate(chip: Chip, cfg: Recipe, config: Mapping[str, Any], model: nn.Modul
 
 
 def report(cfg: Recipe, memory: int, backend: Backend) -> list[str]:
-    """What `grpo train --dry-run` would say of memory on a machine of so many bytes, in lines: what takes how much, and
-    the longest completion that would fit. Raises UserError for a `memory.limit_gb` above what the machine has."""
+    """What `grpo train --dry-run` would report about memory on a machine with `memory` bytes, in lines: what takes how
+    much, and the longest completion that would fit.
+
+    Raises UserError for a `memory.limit_gb` above the machine's memory.
+    """
     there = Elsewhere.of(cfg, model_config(cfg.model), machine_of(memory, backend, cfg))
     lengths, note = there.lengths, there.position_note()
     try:
@@ -108,23 +113,23 @@ def report(cfg: Recipe, memory: int, backend: Backend) -> list[str]:
 
 
 def machine_of(memory: int, backend: Backend, cfg: Recipe) -> Machine:
-    """What a plan must know of a machine of so many bytes, with the recipe's own limit.
+    """The machine with `memory` bytes, as a plan needs it, with the recipe's memory limit.
 
-    Raises UserError for a limit above what the machine has, and for layers' inputs that a Mac is to offload.
+    Raises UserError for a limit above the machine's memory, and for `optim.offload_activations` on a Mac.
     """
     if backend == "metal" and cfg.optim.offload_activations:
         raise UserError(
-            "optim.offload_activations: a Mac's GPU computes in the machine's own memory: there is no other to move "
-            "layers' inputs to. It is for CUDA"
+            "optim.offload_activations works only on CUDA: a Mac's GPU shares the machine's memory, so there is no "
+            "other memory to move layers' inputs to. Remove it"
         )
     limit = cfg.memory.limit_gb
     return Machine(within(memory, limit), gpu=True, cuda=backend == "cuda", limited=limit is not None)
 
 
 def _sampling(chip: Chip, costs: Costs, load: Workload, plan: Plan, prompts: int, rows: int) -> float:
-    """Seconds to read `prompts` prompts once and to decode `rows` completions in the slots.
+    """Seconds to prefill `prompts` prompts once and to decode `rows` completions in the slots.
 
-    Each decoding step counts as a step in the middle of a completion.
+    Every decoding step counts like a step in the middle of a completion.
     """
     prompt, length = load.prompt_length, load.rollout.max_completion_length
     slots = min(plan.slots, rows)
@@ -162,7 +167,7 @@ def _asking(chip: Chip, teacher: Costs, cfg: Recipe, plan: Plan) -> float:
 
 
 def _grading(chip: Chip, grader: RewardModelCosts, load: Workload, rows: int) -> float:
-    """Seconds of a reward model's pass over so many conversations, each with a prompt of its own."""
+    """Seconds of a reward model's pass over `rows` conversations, each with its own prompt."""
     length = grader.longest(load)
     work = grader.costs.forward(rows, length, 0, 0)
     if chip.times == "bound":
@@ -175,7 +180,7 @@ def _size(count: int) -> str:
 
 
 def _time(seconds: float) -> str:
-    """A duration with two digits: the estimate is no more precise than that."""
+    """A duration with two digits, because the estimate is not more precise."""
     for unit, size in (("h", 3600), ("min", 60), ("s", 1)):
         if seconds >= 2 * size:
             return f"{seconds / size:.2g} {unit}" if seconds / size < 100 else f"{round(seconds / size, -1):.0f} {unit}"

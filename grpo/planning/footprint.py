@@ -1,8 +1,8 @@
-"""How much memory an update takes, found by trying: two small gradients tell what a token costs.
+"""Measures the memory of an update: two small gradients show what a token costs.
 
-Formulas for activations are of one architecture, one backend and one way of attending; a measurement is of whatever
-will run. What is measured is a line: bytes for each token, and bytes for each pair of tokens that attention scores.
-`grpo.planning.rehearsal` measures one micro-batch as it will be, which is exact and costs more.
+Formulas for activations hold for one architecture, one backend and one attention method; a measurement covers what
+actually runs. The result is a linear model: bytes per token, and bytes per pair of tokens that attention scores.
+`grpo.planning.rehearsal` measures a real micro-batch, which is exact but costs more.
 """
 
 from __future__ import annotations
@@ -29,38 +29,47 @@ from grpo.model.widehead import bytes_at_work
 from grpo.training.packing import Shape
 
 LOGIT_COPIES, MOST_COPIES = 4, {False: 10, True: 12}
-"""Arrays of the size of a chunk's logits, float32, that the loss holds for a chunk, and for several of them at most, on
-a CPU and on a GPU, as measured."""
+"""Float32 copies of a chunk's logits that the loss holds: for one chunk, and the maximum for several chunks, on a CPU
+(False) and on a GPU (True). Measured."""
 
 PEEKS = 3
-"""Times that each of the gradients is measured on a GPU. On a CPU the peak varies by less than a hundredth."""
+"""Number of measurements of each gradient on a GPU. On a CPU the peak varies by less than 1 %."""
 LONG = 4096
-"""From so many tokens on a gradient is measured once: it takes seconds, and what varies is a small part of it."""
+"""Gradients of this many tokens or more are measured once: they take seconds, and the variation is relatively small."""
 LONG_ROWS = 5_120, 10_240
-"""Lengths of two rows that are measured in lines of their own, on CUDA with checkpointed layers. What such layers
-compute in tiles of tokens is there for a tile, so that short rows take more for each of their tokens."""
+"""Lengths of two rows that are measured in lines of their own, on CUDA with checkpointed layers. Such layers compute in
+tiles of tokens and hold one tile at a time, so short rows take more memory per token."""
 KEPT_CHECKPOINTED = 1 / 3
-"""Of the peak without a head, how much is there when the backward pass begins, if layers are checkpointed, as measured.
-Without checkpoints all layers' activations are there, beside which the peak has about as much as one layer's."""
+"""The share of the peak without a head that is in memory when the backward pass begins, with checkpointed layers.
+Measured. Without checkpoints, all layers' activations are in memory then, and the peak adds about one layer's."""
 SHORTEST = 8
-"""Tokens of the shortest rows that are measured."""
+"""Length in tokens of the shortest rows that are measured."""
 HEAD_SUMS = 8
-"""Bytes for each number of a head that trains, where its gradient is summed over chunks: two float32 sums at a time."""
+"""Bytes per number of a trained head, whose gradient is summed over chunks: two float32 sums at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Bytes that a gradient needs beside the weights: fixed (the sum of gradients), a token, a pair, a row of logits.
+    """Bytes that a gradient needs in addition to the weights.
 
-    Of the tokens' bytes a part (`kept`) waits while the loss is computed; the rest comes after it. `head` is what the
-    head holds beside its logits: float32 pieces of its matrix, and the sums of its gradient if it trains. `depth` is
-    how many layers the model has. A pass with more than `most_pairs` keeps no scores (None: all do), but counts as if
-    it kept the most: a micro-batch of as many tokens in shorter rows keeps them. The head holds `logit_copies` of a
-    chunk's logits, and `most_copies` at once. `inside`: bytes a token, of at most `most_inside` tokens, for what a
-    checkpointed layer computes in tiles of tokens (`grpo.model.rowwise`). `alone`: bytes, and bytes a token, of the
-    hidden states of rows in lines of their own, where those were measured. `also`: another model's forward pass over
-    the same micro-batch, which is over when the update begins: whichever takes more counts. `gathered`: bytes of a
-    layer that is whole while it is computed, where weights are spread over processes.
+    fixed         for the sum of gradients
+    token         per token of a micro-batch. A part of this (`kept`) is in memory during the loss, the rest afterwards
+    pair          per pair of tokens that attention scores
+    logits        per row of logits
+    chunk         number of rows of logits in a chunk
+    shares        whether a prompt goes through the model once for all its completions
+    checkpointing whether layers are checkpointed
+    head          for the head besides its logits: float32 pieces of its matrix, and its gradient's sums if it trains
+    depth         number of layers
+    most_pairs    a pass with more pairs keeps no scores (None: all passes keep them). It still counts as if it kept
+                  this many, because a micro-batch of equally many tokens in shorter rows does
+    most_copies   maximum number of copies of a chunk's logits in memory
+    inside        per token, for at most `most_inside` tokens: what a checkpointed layer computes in tiles of tokens
+                  (`grpo.model.rowwise`)
+    logit_copies  copies of a chunk's logits for a single chunk
+    alone         constant, and per token, for the hidden states of rows in lines of their own, if measured
+    also          another model's forward pass over the same micro-batch, before the update: the larger of both counts
+    gathered      for a layer that is whole while it is computed, if weights are spread over processes
     """
 
     fixed: int
@@ -91,12 +100,12 @@ class Footprint:
         return KEPT_CHECKPOINTED if self.checkpointing else self.depth / (self.depth + 1)
 
     def in_chunks(self, logits: int) -> Footprint:
-        """The same where so many logits are there at once."""
+        """The footprint if at most `logits` logits are in memory at a time."""
         also = self.also and self.also.in_chunks(logits)
         return replace(self, chunk=chunk_tokens(max(1, self.logits // 4), logits), also=also)
 
     def bytes(self, shape: Shape, body: float | None = None) -> int:
-        """Of one micro-batch of this shape; `body` is what `measure_body` found of it, if that was asked."""
+        """Bytes of a micro-batch of this shape. `body` is the result of `measure_body` for it, if measured."""
         tokens, pairs = extent(shape, self.shares, self.checkpointing, self.most_pairs)
         outside = self.token * tokens + self.pair * pairs
         if body is None:
@@ -104,7 +113,7 @@ class Footprint:
             if shape.alone and self.alone is not None:
                 constant, each = self.alone
                 body = constant + each * tokens
-        waits = min(body, self.kept * max(body, outside + self.inside * tokens))  # tiles do not make that less
+        waits = min(body, self.kept * max(body, outside + self.inside * tokens))  # tiles do not reduce this part
         projected = shape.lines * shape.width or shape.rows * shape.length
         copies = min(self.most_copies, self.logit_copies * -(-projected // self.chunk))
         head = self.head + copies * self.logits * min(self.chunk, projected)
@@ -113,7 +122,7 @@ class Footprint:
 
 
 def spread_footprint(footprint: Footprint, spread: Spread) -> Footprint:
-    """That of weights which are whole, where they are spread: the gradient is of parts, what is at work is gathered."""
+    """The footprint with spread weights, from that with whole weights: gradients are of parts, layers are gathered."""
     layer, head = spread.at_work
     with spread.rehearsing():
         fixed = sum(4 * array.size for _, array in tree_flatten(spread.model.trainable_parameters()))
@@ -121,39 +130,39 @@ def spread_footprint(footprint: Footprint, spread: Spread) -> Footprint:
 
 
 def measure_body(policy: Policy, checkpointing: bool | int, shapes: Sequence[Shape]) -> list[float]:
-    """Bytes that the hidden states of micro-batches of these shapes, and their gradients, take at most.
+    """Peak bytes of the hidden states of micro-batches of these shapes, and of their gradients.
 
-    The gradient is added up as in an update, so what counts of it is what is there when the peak is reached: the peak
-    comes early in the backward pass, when most of the gradient does not exist yet.
+    The gradient is summed as in an update. Only the part that exists at the peak counts: the peak comes early in the
+    backward pass, when most of the gradient does not exist yet.
     """
-    gc.collect()  # or what others have left behind would go while this is measured
+    gc.collect()  # else garbage could be freed during the measurement
     former, policy.gradient_checkpointing = policy.gradient_checkpointing, checkpointing
     try:
         if on_gpu() and shapes[0].tokens < LONG:
-            _peak(policy, shapes[0])  # kernels and constants that are made once
+            _peak(policy, shapes[0])  # makes kernels and constants that later calls reuse
         return [statistics.median(_peak(policy, shape) for _ in range(_peeks(shape))) for shape in shapes]
     finally:
         policy.gradient_checkpointing = former
 
 
 def _peeks(shape: Shape) -> int:
-    """How often to measure a shape, for the middle of what is seen: what is in flight at once varies with what else the
-    machine does."""
+    """How often to measure a shape. The median counts, because the number of operations in flight varies with the load
+    of the machine."""
     return PEEKS if on_gpu() and shape.tokens < LONG else 1
 
 
 def probes(unit: int) -> tuple[Shape, Shape]:
-    """Many short rows, whose tokens score few others, and one long row: about as many tokens, and many more pairs.
+    """Two shapes with about as many tokens: many short rows with few pairs, and one long row with many more pairs.
 
-    So the difference is the pairs', and what is constant does not look like pairs.
+    So the difference in memory comes from the pairs, and constant parts are not attributed to pairs.
     """
     return Shape(2, unit, 8, unit), Shape(1, unit, 1, 15 * unit)
 
 
 def _unit(most: int | None) -> int:
-    """The length for `probes`: short enough that both of them keep their scores, where `most` pairs are kept.
+    """The length for `probes`: short enough that both shapes keep their scores, if up to `most` pairs are kept.
 
-    On CUDA attention is fused for multiples of 128 alone, and then keeps no scores.
+    On CUDA attention is fused only for multiples of 128, and then keeps no scores.
     """
     if cuda.available():
         return 128
@@ -163,8 +172,11 @@ def _unit(most: int | None) -> int:
     return unit
 
 
-def measure_footprint(policy: Policy, checkpointing: bool) -> Footprint:
-    """The footprint of this policy's gradient, with or without gradient checkpointing."""
+def measure_footprint(policy: Policy, checkpointing: bool, memory: int | None = None) -> Footprint:
+    """The footprint of this policy's gradient, with or without gradient checkpointing.
+
+    `memory`: bytes that the measuring itself may take. None: as many as the machine has.
+    """
     shapes = probes(_unit(policy.most_pairs))
     token, pair = line_through(
         [extent(shape, policy.share_prompts, checkpointing) for shape in shapes],
@@ -178,13 +190,14 @@ def measure_footprint(policy: Policy, checkpointing: bool) -> Footprint:
     depth = len(policy.model.layers)
     limits = policy.most_pairs, MOST_COPIES[on_gpu()]
     found = Footprint(fixed, token, pair, *rows, policy.share_prompts, checkpointing, head, depth, *limits)
-    return replace(found, alone=_of_long_rows(policy, token)) if checkpointing else found
+    return replace(found, alone=_of_long_rows(policy, token, memory)) if checkpointing else found
 
 
-def _of_long_rows(policy: Policy, token: float) -> tuple[float, float] | None:
-    """The line through what two long rows take, where attention keeps no scores and there is room for them."""
+def _of_long_rows(policy: Policy, token: float, memory: int | None) -> tuple[float, float] | None:
+    """The linear model (constant, per token) from two measured long rows. None if attention keeps scores, or if there
+    is not enough memory to measure."""
     longest = mx.get_active_memory() + token * LONG_ROWS[1]
-    if not (cuda.available() and policy.packs) or longest > memory_bytes():
+    if not (cuda.available() and policy.packs) or longest > (memory_bytes() if memory is None else memory):
         return None
     shapes = [Shape(1, length, 1, length, lines=1, width=length, alone=True) for length in LONG_ROWS]
     less, more = measure_body(policy, True, shapes)
@@ -193,9 +206,9 @@ def _of_long_rows(policy: Policy, token: float) -> tuple[float, float] | None:
 
 
 def line_through(extents: Sequence[tuple[int, int]], found: Sequence[float]) -> tuple[float, float]:
-    """Bytes a token and a pair, neither below 0, by two extents (tokens and pairs) and what was found of them.
+    """Bytes per token and per pair, neither below 0, from two extents (tokens and pairs) and their measured bytes.
 
-    Two lines in two unknowns; a fused attention has none of the second kind.
+    These are two equations in two unknowns. Fused attention has no bytes per pair.
     """
     (tokens, pairs), (more_tokens, more_pairs) = extents
     first, second = found
@@ -204,9 +217,9 @@ def line_through(extents: Sequence[tuple[int, int]], found: Sequence[float]) -> 
 
 
 def extent(shape: Shape, shares: bool, checkpointing: bool, most: int | None = None) -> tuple[int, int]:
-    """Tokens that go through the model, and pairs of them whose scores are held at once, `most` of each pass.
+    """Tokens that go through the model, and pairs whose scores are in memory simultaneously, at most `most` per pass.
 
-    Checkpointed layers are computed again one at a time, so the prompts' scores are not there beside the completions'.
+    Checkpointed layers are recomputed one pass at a time, so scores of prompts and completions do not coexist.
     """
     tokens = shape.tokens if shape.lines or shares else shape.rows * (shape.prompt_length + shape.length)
     passes = passes_of(shape, shares)
@@ -225,11 +238,11 @@ def passes_of(shape: Shape, shares: bool) -> list[int]:
 
 
 def _peak(policy: Policy, shape: Shape) -> int:
-    """Bytes above what was there, of adding the gradient of a function of the hidden states to a sum of gradients."""
+    """Peak bytes, above those in use before, of adding a gradient through the hidden states to a sum of gradients."""
     given, hidden = _going_through(policy, shape)
 
     def loss(_: nn.Module) -> mx.array:
-        with dropping(mx.random.key(0)):  # what is dropped, if anything is, is kept beside what is not
+        with dropping(mx.random.key(0)):  # dropout, if there is any, keeps additional arrays
             return hidden(*given).astype(mx.float32).sum()
 
     total: list[Any] = [tree_map(lambda p: mx.zeros(p.shape), policy.model.trainable_parameters())]
@@ -238,14 +251,14 @@ def _peak(policy: Policy, shape: Shape) -> int:
     mx.reset_peak_memory()
     with policy.training():
         value, gradient = nn.value_and_grad(policy.model, loss)(policy.model)
-    summed = tree_map(mx.add, total.pop(), gradient)  # nothing else holds a part that is added
+    summed = tree_map(mx.add, total.pop(), gradient)  # no other references, so memory is reused as in an update
     del gradient
     mx.eval(summed, value)
     return max(0, mx.get_peak_memory() - resting)
 
 
 def _going_through(policy: Policy, shape: Shape) -> tuple[list[mx.array], Callable[..., mx.array]]:
-    """What goes through the policy in a micro-batch of this shape, and the function that makes hidden states of it."""
+    """Inputs of the policy for a micro-batch of this shape, and the function that turns them into hidden states."""
     if shape.lines:
         laid = mx.zeros((3 if shape.alone else 5, shape.lines, shape.width), mx.int32)
         return [laid], lambda lines: policy.line_hidden(Lines(*lines))

@@ -1,4 +1,4 @@
-"""What models among the rewards take of memory: weights during the whole run, activations while a step is scored."""
+"""Memory of models among the rewards: weights during the whole run, activations while a step is scored."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from grpo.model.outline import costs_of
 from grpo.planning.workload import Workload
 
 OF_HIDDEN, OF_QUERIES, OF_KEYS, OF_INNER, OF_SCORES = 5.1, 7.7, 5.2, 3.0, 1.1
-"""Numbers that are there at once for each number of a layer's input, queries, keys, and the inside of its feed-forward
-part, and for each score of attention where it is not fused. Fitted to measurements of Qwen3 shapes on a CPU, of 2 and 6
-layers (the depth changes nothing), rows of 16 to 1,024 tokens: 5 shapes, all within a twentieth."""
+"""Numbers in memory simultaneously, for each number of a layer's input, queries, keys, and the inside of its
+feed-forward part, and for each attention score if attention is not fused. Fitted to measurements of Qwen3 shapes on a
+CPU, of 2 and 6 layers (the depth makes no difference), rows of 16 to 1,024 tokens: 5 shapes, all within 5 %."""
 
 COPIES = 3
-"""Arrays of the size of a judge's logits, float32, that are there at once."""
+"""Float32 copies of a judge's logits in memory simultaneously."""
 ASKED_TOKENS = 64
-"""Tokens of a judge's question beside prompt and completion, about."""
+"""Approximate number of tokens in a judge's question besides prompt and completion."""
 
 
 @dataclass(frozen=True, slots=True)
 class RewardModelCosts:
-    """One reward model, or the judge: bytes of weights of its own, of a token on its way, of a pair of tokens that
-    attention scores, and of a row's logits."""
+    """The memory of a reward model or a judge: bytes of its own weights, and of a forward pass per token, per pair of
+    tokens that attention scores, and per row of logits."""
 
     cfg: RewardModelConfig | JudgeConfig
     costs: Costs
@@ -37,8 +37,8 @@ class RewardModelCosts:
 
     @classmethod
     def of(cls, model: nn.Module, cfg: RewardModelConfig | JudgeConfig, fused: bool) -> RewardModelCosts:
-        """By a model's shapes and dtypes: a classifier's, or for a judge the policy's. `fused`: attention keeps no
-        scores, which is so on CUDA."""
+        """From a model's shapes and dtypes: a classifier's, or the policy's for a judge. `fused`: attention keeps no
+        scores, as on CUDA."""
         costs = costs_of(model)
         inner = max(product.used * product.outputs for product in costs.products)
         queries, keys = costs.heads * costs.head_dim, costs.kv_heads * costs.head_dim
@@ -54,7 +54,7 @@ class RewardModelCosts:
         return min(length, self.cfg.max_length or length)
 
     def at_once(self, load: Workload) -> int:
-        """Bytes of the largest batch: of the longest conversations, as many as fit, or one."""
+        """Bytes of the largest batch: as many of the longest conversations as `batch_tokens` allows, at least one."""
         length = self.longest(load)
         rows = min(load.need().rows, max(1, self.cfg.batch_tokens // length))
         return int(rows * (length * (self.token + self.pair * length) + self.row))
@@ -71,12 +71,12 @@ class Graders:
         return cls(tuple(RewardModelCosts.of(model, cfg, fused) for model, cfg in models))
 
     def stays(self) -> dict[str, int]:
-        """Bytes that are held all the time."""
+        """Bytes that stay in memory during the whole run, by purpose."""
         weights = sum(one.weights for one in self.models)
         return {"reward models": weights} if weights else {}
 
     def phases(self, load: Workload) -> dict[str, int]:
-        """Bytes beside them while completions are scored: one model after the other, between rollout and update."""
+        """Additional bytes while completions are scored: one model after the other, between rollout and update."""
         return {"reward models' pass": max(one.at_once(load) for one in self.models)} if self.models else {}
 
 

@@ -1,4 +1,4 @@
-"""What a run holds all the time, and while the optimizer steps: counted, not measured."""
+"""Memory that a run holds all the time, and during the optimizer's step: counted, not measured."""
 
 from __future__ import annotations
 
@@ -15,17 +15,23 @@ from grpo.training.optimizer import Float32Optimizer, bytes_of_a_group
 from grpo.training.update import bytes_of_a_norm
 
 FORMER = "the state before the step"
-"""Held from a step's first update on; counted among what stays, though a rollout does not have it beside it."""
+"""In memory from a step's first update on. It counts as staying, although it does not exist during a rollout."""
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What does not depend on lengths. It is counted once, though many lengths are planned to find the longest.
+    """Memory that does not depend on lengths. It is counted once, although the search for the longest completion makes
+    plans for many lengths.
 
-    Numbers of parameters (`trained`, and `parameters` without an adapter's), and bytes: what `stays`, what is held
-    while the optimizer is at its `step`, and what a widened `head` holds at work. Where weights are spread over
-    processes, what stays are parts; `whole` is what they take beside that while they are whole, and `saved` what the
-    optimizer's state takes beside them while a checkpoint is made.
+    parameters  number of parameters, without an adapter's
+    trained     number of trained parameters
+    stays       bytes that stay in memory, by purpose; parts of the weights if they are spread over processes
+    step        additional bytes during the optimizer's step
+    head        bytes that a widened head needs while it computes
+    quantized   whether the model is quantized
+    whole       additional bytes while spread weights are whole
+    saved       additional bytes while a checkpoint of spread weights is written: the largest array of the optimizer's
+                state, joined, and in its shape
     """
 
     parameters: int
@@ -39,7 +45,7 @@ class Held:
 
     @classmethod
     def of(cls, optim: OptimConfig, adapter: AdapterConfig, model: nn.Module, states: int, gpu: bool) -> Held:
-        """Counted by the shapes of a model's arrays. `states` are the adapter's besides the policy."""
+        """Count by the shapes of a model's arrays. `states` is the number of adapter states besides the policy."""
         trained: int = sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
         stays = what_stays(optim, adapter, model, states)
         return cls(
@@ -53,7 +59,7 @@ class Held:
 
 
 def held_spread(optim: OptimConfig, adapter: AdapterConfig, spread: Spread, states: int, gpu: bool) -> Held:
-    """The same where weights are spread."""
+    """The same if weights are spread over processes."""
     whole = Held.of(optim, adapter, spread.model, states, gpu)
     with spread.rehearsing():
         parts = Held.of(optim, adapter, spread.model, states, gpu)
@@ -65,14 +71,14 @@ def held_spread(optim: OptimConfig, adapter: AdapterConfig, spread: Spread, stat
         head=whole.head,
         quantized=whole.quantized,
         whole=more["weights"] + more["other states"],
-        saved=whole.stays["optimizer"] if more["optimizer"] else 0,
+        saved=2 * 4 * max((place.size for place in spread.shards.places.values()), default=0),
     )
 
 
 def what_stays(optim: OptimConfig, adapter: AdapterConfig, model: nn.Module, states: int) -> dict[str, int]:
-    """Bytes that are held all the time, by what they are for."""
+    """Bytes that stay in memory, by purpose."""
     trained = model.trainable_parameters()
-    optimizer = _bytes(Float32Optimizer(optim, trained).state)  # nothing of it is computed
+    optimizer = _bytes(Float32Optimizer(optim, trained).state)  # only sizes: no array is computed
     several = _holds_former(adapter) and _several(optim)
     return {
         "weights": _bytes(model.parameters()),
@@ -83,7 +89,7 @@ def what_stays(optim: OptimConfig, adapter: AdapterConfig, model: nn.Module, sta
 
 
 def _holds_former(adapter: AdapterConfig) -> bool:
-    """Whether the arrays of before a step are held until it is done, as `Trainer.wholly` does."""
+    """Whether the arrays from before a step are kept until it is done (`Trainer.wholly`)."""
     return adapter.type != "full"
 
 
@@ -93,10 +99,11 @@ def _several(optim: OptimConfig) -> bool:
 
 
 def optimizer_step(optim: OptimConfig, adapter: AdapterConfig, model: nn.Module, optimizer: int, gpu: bool) -> int:
-    """Bytes beside what stays: the gradient, and a group at work, or before that what its norm is computed from.
+    """Bytes in addition to what stays: the gradient with the temporary arrays of a group, or of the norm before that.
 
-    The state of an adapter before a step is held until the step is done: what the step makes takes the gradient's place
-    beside it. (Of several updates that state is counted among what stays.) Whole weights are made in their own place.
+    An adapter's state before a step is kept until the step is done, so the new state needs memory of its own, which
+    replaces the gradient's as the gradient is used up. (With several updates per step, the former state counts as
+    staying.) Full weights are updated in place.
     """
     trained = model.trainable_parameters()
     numbers: int = sum(array.size for _, array in tree_flatten(trained))
@@ -110,7 +117,7 @@ def _bytes(tree: Any) -> int:
 
 
 def count_weights(model: nn.Module) -> int:
-    """How many parameters there are; of a quantised layer its weights, not the words that they are packed into."""
+    """The number of parameters. A quantized layer counts its weights, not the integers that they are packed into."""
     count: int = sum(array.size for _, array in tree_flatten(model.parameters()))
     for module in model.modules():
         if hasattr(module, "bits"):

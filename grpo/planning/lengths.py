@@ -1,4 +1,4 @@
-"""How long completions may get: the longest that would fit, everything else being as the recipe has it."""
+"""Finds the longest completions that would fit, with everything else as in the recipe."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from grpo.planning.workload import Workload
 from grpo.recipes import with_settings
 
 LONGEST = 2**20
-"""Tokens of the longest completion that is looked for."""
+"""The search for the longest completion ends at this many tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class FittingLengths:
-    """The lengths that fit where a workload runs.
+    """The lengths of completions that fit on a machine.
 
-    `draft` plans a workload, whether it fits or not. `positions` are those that the model was made for (None: no number
-    says how many).
+    `draft` plans a workload, whether it fits or not. `positions` is the number of positions that the model was made for
+    (None: unknown).
     """
 
     load: Workload
@@ -28,22 +28,22 @@ class FittingLengths:
     positions: int | None
 
     def longest(self) -> int:
-        """Tokens of the longest completion that would fit, as far as the model's positions go; 0 where none fits.
+        """Tokens of the longest completion that would fit, within the model's positions; 0 if none fits.
 
-        Found by bisection over plans. FittingLengths that nobody has tried are reckoned by the footprint.
+        Found by bisection over plans, which use the footprint for lengths that were not tried out.
         """
         return longest(lambda length: self.draft(self._of(length)).fits, self._most)
 
     def report(self, plan: Plan) -> list[str]:
         """The plan as a table, the longest completion that would fit, and what to change for longer ones.
 
-        The plan's own length fits, though what was reckoned and not tried may say less.
+        The plan's own length is known to fit, even if the estimate is lower.
         """
         length = max(self.longest(), self.load.rollout.max_completion_length)
         return [*table(plan, self.load), f"longest completion that would fit: {self._words(length)}"]
 
     def what_fits(self) -> str:
-        """What may be said beside a refusal of the load: which shorter completions would fit."""
+        """A sentence to add to the error for a workload that does not fit: which shorter completions would fit."""
         length = min(self.longest(), self.load.rollout.max_completion_length - 1)
         if not length:
             return "Not even completions of one token would fit."
@@ -51,20 +51,20 @@ class FittingLengths:
 
     @property
     def _most(self) -> int:
-        """Tokens of the longest completion that is looked for: as far as the model's positions go."""
+        """The upper end of the search in tokens: the model's positions, or `LONGEST`."""
         return LONGEST if self.positions is None else min(self.positions - self.load.longest, LONGEST)
 
     def _words(self, length: int) -> str:
         more = self._of(length + max(1, length // 8))
         draft = self.draft(more)
         if draft.fits or length >= self._most:
-            why = "more is beyond the model's positions" if length < LONGEST else "longer was not looked for"
+            why = "the model has no more positions" if length < LONGEST else "grpo did not search further"
             return f"{length:,} tokens; {why}"
         ways = "; ".join(way for way in ways_out(draft, more) if "max_completion_length" not in way)
         return f"about {length:,} tokens; for longer: {ways}"
 
     def _of(self, length: int) -> Workload:
-        """The same load, but for the length of its completions."""
+        """The same workload with completions of another length."""
         shortest = min(self.load.rollout.min_completion_length, length - 1)
         lengths = {"max_completion_length": length, "min_completion_length": shortest}
         rollout: RolloutConfig = with_settings(self.load.rollout, lengths)
@@ -72,7 +72,7 @@ class FittingLengths:
 
 
 def longest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest length from 1 to `most` that `fits`, where no longer one fits if a shorter one does not; or 0."""
+    """The largest length from 1 to `most` for which `fits` is true; 0 if there is none. `fits` must be monotonic."""
     low, high = 0, 1
     while high <= most and fits(high):
         low, high = high, 2 * high

@@ -1,4 +1,4 @@
-"""What a teacher takes of memory: a second model's weights and forward pass, what it says of tokens, and its KL."""
+"""Memory of a teacher: a second model's weights and forward pass, the teacher's values of tokens, and the KL."""
 
 from __future__ import annotations
 
@@ -18,16 +18,20 @@ from grpo.planning.footprint import Footprint
 from grpo.planning.workload import Workload
 
 MORE_COPIES = {"sampled": 1.0, "exact": 1.5, "top_k": 1.25}
-"""Times as many of a chunk's logits are held where its KL is computed besides, as measured on a CPU: of 20,000 logits
-1.43 to 1.51 (exact) and 1.22 times (64 likeliest)."""
+"""Factor for the copies of a chunk's logits in memory if the KL to a teacher is computed too. Measured on a CPU with
+20,000 logits: 1.43 to 1.51 (exact), 1.22 (the 64 likeliest)."""
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherNeeds:
-    """Bytes of a second model's weights, and of what a teacher says of each token; how many times the copies of logits.
+    """The memory that a teacher needs.
 
-    `asking` is a second model's forward pass. Another state of the adapter counts among the states, and not here: its
-    forward pass takes less than the update.
+    weights  bytes of a second model's weights
+    token    bytes of the teacher's values per token
+    copies   factor for the copies of a chunk's logits
+    asking   footprint of a second model's forward pass
+
+    A teacher that is an adapter state counts among the states, not here. Its forward pass takes less than the update.
     """
 
     weights: int = 0
@@ -44,9 +48,9 @@ class TeacherNeeds:
         gpu: bool = True,
         fused: bool = False,
     ) -> TeacherNeeds:
-        """By a recipe's teacher, the model that is trained, and the second model if there is one: shapes are enough.
+        """From a recipe's teacher, the trained model, and the second model if there is one. Only shapes are used.
 
-        `gpu`, `fused`: whether the machine has a GPU, and attention on it keeps no scores.
+        `gpu`, `fused`: whether the machine has a GPU, and whether its attention keeps no scores.
         """
         if cfg is None:
             return cls()
@@ -57,12 +61,13 @@ class TeacherNeeds:
         return cls(weights, said, copies, _asking(second, gpu, fused))
 
     def stays(self, load: Workload) -> dict[str, int]:
-        """What is held: the weights all the time, and the rest from a step's forward pass on until its last update."""
+        """Bytes that stay in memory: the weights all the time, and the teacher's values from its forward pass until the
+        step's last update."""
         tokens = load.rows * (load.own + load.rollout.max_completion_length)
         return {"teacher": self.weights + self.token * tokens} if self.token else {}
 
     def beside(self, footprint: Footprint) -> Footprint:
-        """The footprint of an update that computes its KL, or of the second model's forward pass before it."""
+        """The footprint of an update with the KL to the teacher, and of the second model's forward pass before it."""
         most, chunk = (int(self.copies * copies) for copies in (footprint.most_copies, footprint.logit_copies))
         return replace(footprint, most_copies=most, logit_copies=chunk, also=self.asking)
 
@@ -79,7 +84,7 @@ def _asking(second: nn.Module, gpu: bool, fused: bool) -> Footprint | None:
 
 
 def _said(cfg: TeacherConfig, teacher: nn.Module) -> int:
-    """Bytes of what is kept of a token: a logprob, hidden states, or ids and logprobs of the likeliest tokens."""
+    """Bytes of the teacher's values per token: a logprob, a hidden state, or the likeliest ids and logprobs."""
     match cfg.kl:
         case "sampled":
             return mx.float32.size

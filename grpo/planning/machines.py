@@ -1,4 +1,4 @@
-"""Machines and their published figures, from which the cost of a run on them is estimated."""
+"""Machines and their published figures, which estimates of a run's cost use."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ GB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a plan must know of where it will run: bytes of memory, whether that is a GPU's, and one of CUDA.
+    """What a plan must know about a machine: bytes of memory, and whether it has a GPU, and a CUDA GPU.
 
-    `limited`: the memory is what the recipe allows (`memory.limit_gb`), so all of it may be planned with. `host`: bytes
-    of another memory that offloaded inputs of layers may take (None: no number says how many).
+    `limited`: the memory is the recipe's limit (`memory.limit_gb`), so the plan may use nearly all of it. `host`: bytes
+    of the host's memory that offloaded inputs of layers may take (None: unknown).
     """
 
     memory: int
@@ -31,38 +31,35 @@ class Machine:
 
     @property
     def usable(self) -> int:
-        """Bytes that may be planned with."""
+        """Bytes that a plan may use."""
         return int((OF_A_LIMIT if self.limited else FREE) * self.memory)
 
 
 def within(there: int, limit: float | None) -> int:
-    """Bytes that a run may take of those that are there: the recipe's limit (in GB), or all.
+    """Bytes that a run may take, out of `there`: the recipe's limit (in GB), or all.
 
-    Raises UserError for a limit above what is there.
+    Raises UserError for a limit above `there`.
     """
     if limit is None:
         return there
     if limit * GB > there:
         raise UserError(
-            f"memory.limit_gb: {limit:g} GB are more than the machine has for MLX ({there / GB:.1f} GB): lower it, or "
-            "leave it out to plan with all there is"
+            f"memory.limit_gb: {limit:g} GB is more than the machine has for MLX ({there / GB:.1f} GB): lower it, or "
+            "remove it to plan with all memory"
         )
     return int(limit * GB)
 
 
 FREE = 0.9
-"""Of a machine's memory, what may be planned with: the rest is for whatever else runs there."""
+"""The share of a machine's memory that a plan may use: the rest is for other programs."""
 OF_A_LIMIT = 0.97
-"""Of a recipe's own limit, what may be planned with: what is measured varies a little."""
+"""The share of a recipe's limit that a plan may use: measurements vary a little."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chip:
-    """A machine: the bytes that MLX may use, memory bandwidth in bytes per second, and the operations per second of its
-    fastest matrix products.
-
-    `times` says how step times on it are known.
-    """
+    """A machine: the bytes that MLX may use, the memory bandwidth in bytes per second, and the operations per second of
+    its fastest matrix products. `times` says how step times on it are known."""
 
     name: str
     backend: Backend
@@ -83,8 +80,8 @@ def metal(name: str, gigabytes: float, bandwidth: float, teraflops: float) -> Ch
 
 
 def memory_of(gigabytes: float, backend: Backend) -> int:
-    """Bytes that MLX may use of a machine's: of a card's all, of a Mac's what Metal lets a process use, which is two
-    thirds, or three quarters if it has more than 36 GB."""
+    """Bytes of a machine's memory that MLX may use: all of a card's; of a Mac's, what Metal lets a process use (two
+    thirds, or three quarters above 36 GB)."""
     if backend == "cuda":
         return int(gigabytes * GB)
     return int(gigabytes * GB * 3 / 4) if gigabytes > 36 else int(gigabytes * GB) * 2 // 3
@@ -104,11 +101,11 @@ CHIPS = (
     metal("M4 16 GB", 16, 120, 4.1),
 )
 PER_BYTE: dict[Backend, float] = {"cuda": 75.0, "metal": 30.0}
-"""Operations per byte of bandwidth where none are given: an RTX 3090's (cuda) and an M4 Max's (metal)."""
+"""Default operations per byte of bandwidth: an RTX 3090's (cuda) and an M4 Max's (metal)."""
 
 
 def described(memory: float, bandwidth: float, teraflops: float | None, backend: Backend) -> Chip:
-    """A machine with `memory` GiB, `bandwidth` GB/s and `teraflops` (None: as many as such machines mostly have)."""
+    """A machine with `memory` GiB, `bandwidth` GB/s and `teraflops` (None: a typical ratio to the bandwidth)."""
     teraflops = PER_BYTE[backend] * bandwidth / 1e3 if teraflops is None else teraflops
     name = f"{memory:g} GB, {bandwidth:g} GB/s"
     return cuda(name, memory, bandwidth, teraflops) if backend == "cuda" else metal(name, memory, bandwidth, teraflops)

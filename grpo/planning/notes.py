@@ -1,4 +1,4 @@
-"""What a plan says about settings that this run is too short or too simple to make use of, or that do not go well."""
+"""Notes in the plan on settings that have no effect in this run, or that work badly together."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from grpo.config import AdapterConfig, LossConfig, OptimConfig, RolloutConfig
 
 OF_RATIOS = ("epsilon", "epsilon_high", "delta", "off_policy_mask_threshold")
 OF_SAMPLERS = ("epsilon", "epsilon_high")
-"""What dppo reads of a ratio to the sampler, which is not 1 even in the first update."""
+"""Settings that dppo applies to ratios to the sampler, which differ from 1 even in the first update."""
 
 
 def notes_on(optim: OptimConfig, rollout: RolloutConfig, adapter: AdapterConfig, loss: LossConfig) -> Iterator[str]:
-    """A line for each setting that will do less than it says, or other than it should."""
+    """Yield a note for each setting that has less effect than it seems, or an undesired effect."""
     every = adapter.sync_reference_every
     steps = "1 step" if optim.steps == 1 else f"{optim.steps} steps"
     if optim.warmup < optim.warmup_steps:
@@ -23,9 +23,10 @@ def notes_on(optim: OptimConfig, rollout: RolloutConfig, adapter: AdapterConfig,
         yield f"rollout.reuse: {rollout.reuse} does nothing: the run has 1 step, and no group is older"
     if adapter.dropout > 0 and loss.use is None and loss.preset.surrogate == "vespo":
         yield (
-            "adapter.dropout with loss.type vespo: its weight is of the product of a completion's ratios, to which "
-            "every token adds dropout's noise. By noise of 1 nat a completion, weights shrink to 0.7 (advantage above "
-            "0) and 0.5 (below) in the mean, longer completions' more: dapo or gspo bear dropout better"
+            "adapter.dropout with loss.type: vespo: its weight depends on the product of a completion's ratios, to "
+            "which every token adds dropout noise. With 1 nat of noise per completion, weights shrink to 0.7 "
+            "(advantage above 0) and 0.5 (below) on average, and more for longer completions: dapo or gspo tolerate "
+            "dropout better"
         )
     updates = optim.num_iterations * optim.num_minibatches
     of_ratios = [name for name in OF_RATIOS if loss.preset.surrogate != "dppo" or name not in OF_SAMPLERS]
@@ -37,29 +38,29 @@ def notes_on(optim: OptimConfig, rollout: RolloutConfig, adapter: AdapterConfig,
         and (unread := [f"loss.{name}" for name in of_ratios if name in loss.changed])
     ):
         yield (
-            f"each rollout has one update, and its ratios are 1: {', '.join(unread)} wait for optim.num_iterations or "
-            "optim.num_minibatches above 1"
+            f"each rollout has one update, whose ratios are 1: {', '.join(unread)} have an effect only with "
+            "optim.num_iterations or optim.num_minibatches above 1"
         )
 
 
 def layers_note(optim: OptimConfig, layers: int) -> str | None:
-    """What to say where more layers are to be checkpointed than the model has; None otherwise."""
-    asked = optim.gradient_checkpointing
-    if isinstance(asked, bool) or not isinstance(asked, int) or asked <= layers:
+    """A note if `optim.gradient_checkpointing` is more than the model's number of layers; else None."""
+    number = optim.gradient_checkpointing
+    if isinstance(number, bool) or not isinstance(number, int) or number <= layers:
         return None
     return (
-        f"optim.gradient_checkpointing: {asked} is more than this model's {layers} layers: all of them are checkpointed"
+        f"optim.gradient_checkpointing: {number} is more than this model's {layers} layers: all layers are checkpointed"
     )
 
 
 def filter_note(loss: LossConfig) -> str:
-    """What sampling from a filtered or penalised distribution means for a loss."""
-    sampled = "completions are sampled from another distribution than the policy's (rollout.top_k and the like)"
+    """A note on what sampling from a filtered or penalized distribution means for the loss."""
+    sampled = "sampling settings such as rollout.top_k change the distribution that completions are sampled from"
     if loss.use is None and loss.preset.surrogate == "dppo":
-        return f"{sampled}, and dppo's ratio is to that distribution"
+        return f"{sampled}; dppo's ratio is relative to that distribution"
     if loss.importance_sampling_correction != "none":
-        return f"{sampled}, and loss.importance_sampling_correction weighs tokens by the difference"
+        return f"{sampled}; loss.importance_sampling_correction corrects for the difference"
     return (
-        f"{sampled}, and ratios compare the policy's own probabilities; loss.importance_sampling_correction "
-        "(token_truncate, say) would weigh tokens by the difference"
+        f"{sampled}, but ratios compare the policy's own probabilities; loss.importance_sampling_correction (for "
+        "example token_truncate) would correct for the difference"
     )

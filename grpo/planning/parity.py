@@ -1,7 +1,7 @@
-"""Do decoding and teacher forcing agree? Asked of every model before a run; `training/gap.py` asks again at each step.
+"""Checks before a run that decoding and teacher forcing agree. `training/gap.py` checks it again at each step.
 
-GRPO rests on it: where the sampler computes another model than the update, ratios differ from 1 with no change of
-policy, and training follows the difference.
+GRPO depends on this: if the sampler does not compute the same model as the update, ratios differ from 1 without any
+change of the policy, and training follows the difference.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from grpo.training.packing import Packing
 from grpo.types import Group, Rollout, Task
 
 TOKENS, GENERATIONS = 16, 2
-SHOWN = 0.1, 10.0, 3.0
-"""Nats, or times the bound if that is more, by which the random B is to move logprobs in the mean; and at most how many
-nats. Far more, and rounding is larger in a model that is no longer one."""
+SHOWN = 0.1, 10.0, 1.0
+"""How far the random B should move logprobs on average: at least this many nats, or this many times the bound if that
+is more; and at most this many nats. A larger move distorts the model, and its rounding errors grow."""
 FIRST_B, TRIES = 0.05, 10
-"""Deviation of the first B that is drawn, before the scale, and how many sizes are tried."""
+"""Standard deviation of the first random B, before the scale; and the number of sizes to try."""
 TRIED = "parity"
-"""The adapter's state with the random B, while the check runs."""
+"""Name of the adapter state with the random B during the check."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """Absolute gaps in nats between decoding and teacher forcing, a value a token, and how far the random B moves the
-    same tokens' logprobs in the mean: None where the weights are checked as they are."""
+    """Absolute gaps in nats between decoding and teacher forcing, a value per token; and the mean change of the same
+    tokens' logprobs by the random B (None: the weights are checked unchanged)."""
 
     gaps: list[float]
     moved: float | None
@@ -51,14 +51,14 @@ class _Measured:
 def check_parity(
     policy: Policy, engine: RolloutEngine, tasks: Sequence[Task], seed: int, packing: Packing | None = None
 ) -> str:
-    """Sample a few tokens, compare their logprobs with the update's, and say in one line how far they are apart.
+    """Sample a few tokens, compare their logprobs with the update's, and return a line that reports the difference.
 
-    A fresh adapter's B is zero, and a decoder that ignored it would pass. So B is moved at random for the check, far
-    enough to be seen; afterwards the policy holds its own arrays again, whatever happened. Whole weights are checked as
-    they are. `packing` is the update's; without it all rows go through the model together.
+    A new adapter's B is zero, so a decoder that ignores the adapter would pass. The check therefore adds random numbers
+    to B, large enough to be seen; afterwards the policy has its own arrays again, also after an error. Full weights are
+    checked unchanged. `packing` is the update's; without it all rows go through the model together.
 
-    Raises RunError when the mean gap is beyond what rounding in the model's dtype explains: then ratios would differ
-    from 1 with no change of policy, and training would follow the difference. Raises UserError for a model that cannot
+    Raises RunError if the mean gap is more than rounding in the model's dtype explains: ratios would differ from 1
+    without any change of the policy, and training would follow the difference. Raises UserError for a model that cannot
     be decoded.
     """
     bits = engine.generator.kv_bits
@@ -77,21 +77,21 @@ def check_parity(
 
 
 def _first_b(policy: Policy) -> float:
-    """The deviation of B that is tried first, which moves most models' logprobs as far as B is to move them."""
+    """The first standard deviation of B to try. For most models it moves logprobs by the intended amount."""
     scale: float = policy.adapters.config["lora_parameters"]["scale"]
     return FIRST_B / scale
 
 
 def _shows(moved: float | None, policy: Policy, kv_bits: int | None) -> bool:
-    """Whether B moved logprobs far enough to be seen, and not too far."""
+    """Whether B moved logprobs far enough to be seen, but not too far."""
     least, most = _window(policy, kv_bits)
     return moved is not None and least <= moved <= most
 
 
 def _size_of_b(policy: Policy, moved: Callable[[float], float | None], kv_bits: int | None = None) -> float:
-    """The deviation at which a random B moves logprobs as far as it is to: `moved` says how far it does.
+    """The standard deviation at which a random B moves logprobs by the intended amount. `moved` measures the change.
 
-    It hardly moves those of a model that is sure of itself, and then all at once: hence a bisection.
+    In a very confident model, logprobs hardly change at first and then change abruptly: hence a bisection.
     """
     least, most = _window(policy, kv_bits)
     size, low, high = _first_b(policy), 0.0, math.inf
@@ -102,15 +102,18 @@ def _size_of_b(policy: Policy, moved: Callable[[float], float | None], kv_bits: 
             break
         if found < least:
             low = size
-        else:  # NaN, too: it has overflowed
+        else:  # too far, or NaN after an overflow
             high = size
         size = math.sqrt(low * high) if low > 0 and high < math.inf else size * (4 if low > 0 else 1 / 4)
     return size
 
 
 def _window(policy: Policy, kv_bits: int | None) -> tuple[float, float]:
-    """By how many nats, at least and at most, the random B is to move logprobs: no more than is seen beside what
-    quantised keys and values explain, which a model of larger numbers rounds more."""
+    """The least and most nats by which the random B should move logprobs.
+
+    The least is what can be seen despite rounding, also of quantized keys and values. A larger move is avoided, because
+    larger numbers are rounded more.
+    """
     nats, times, most = SHOWN
     least = max(nats, times * gap_bound(policy), 3 * gap_bound(policy, kv_bits))
     return least, max(most, 3 * least)
@@ -124,7 +127,7 @@ def _measured(
     packing: Packing | None,
     size: float | None,
 ) -> _Measured:
-    """Decode and teacher-force under the policy, its B moved by `size` if that is given."""
+    """Decode and teacher-force with the policy, with random numbers of deviation `size` added to B if it is given."""
     with _moved(policy, seed, size):
         groups = _decoded(policy, engine, tasks, seed)
         forced = _forced(policy, groups, packing)
@@ -139,16 +142,20 @@ def _measured(
 
 @contextmanager
 def _moved(policy: Policy, seed: int, size: float | None) -> Iterator[None]:
-    """Be the policy with `size` × a normal number added to each of B's, inside the block; with None, as it is."""
+    """Inside the block, add `size` × a normal random number to each number of B. With None, change nothing.
+
+    Processes that hold a model together draw the whole B and take their parts: any number of processes checks the same
+    policy.
+    """
     if size is None:
         yield
         return
     state = policy.adapters.state()
-    paths = [path for path in state if path.endswith("lora_b")]
+    paths, shards = [path for path in state if path.endswith("lora_b")], policy.adapters.shards
     keys = mx.random.split(derive_key(seed, "parity", 1), len(paths))
     for path, key in zip(paths, keys, strict=True):
-        drawn = size * mx.random.normal(state[path].shape, key=key)
-        state[path] = (state[path] + drawn).astype(state[path].dtype)
+        whole = mx.random.normal(shards.shape(path, state[path]), key=key)
+        state[path] = (state[path] + size * shards.part_of(path, whole)).astype(state[path].dtype)
     policy.adapters.add(TRIED, state)
     try:
         with policy.use(TRIED):
@@ -162,14 +169,14 @@ def _decoded(policy: Policy, engine: RolloutEngine, tasks: Sequence[Task], seed:
     requests = [Request(task.prompt_ids, GENERATIONS) for task in tasks]
     try:
         answers = engine.generator.generate(requests, sampling, derive_key(seed, "parity"))
-    except Exception as error:  # whatever the model's own code raises
+    except Exception as error:  # the model's own code may raise anything
         way = engine.generator.decoding.description
-        raise UserError(f"this model cannot be decoded ({way}): {cause(error)}") from error
+        raise UserError(f"decoding fails with this model ({way}): {cause(error)}") from error
     return [Group(task, tuple(map(Rollout, completions))) for task, completions in zip(tasks, answers, strict=True)]
 
 
 def _forced(policy: Policy, groups: Sequence[Group], packing: Packing | None) -> list[float]:
-    """The update's logprobs of all trained tokens, one after the other."""
+    """The update's logprobs of all trained tokens, in one list."""
     rows = rows_of(groups)
     logprobs = by_row(rows, packing or _together(policy, rows), partial(forced, policy))
     each = (rollout.trajectory.of_trained(values) for (_, rollout), values in zip(rows, logprobs, strict=True))
@@ -188,20 +195,22 @@ def _verdict(measured: _Measured, policy: Policy, kv_bits: int | None) -> str:
     if measured.moved is not None:
         line += f", with a random adapter that moves them by {measured.moved:.1g}"
         if not measured.moved >= 3 * bound:
-            line += ": too little to see whether decoding follows the adapter"
+            line += ": too little to tell whether decoding uses the adapter"
     if not mean <= bound:
         raise RunError(f"{line}. {_why(kv_bits)}")
     return line
 
 
 def _why(kv_bits: int | None) -> str:
-    """What a gap beyond the bound means."""
+    """What a gap beyond the bound means, and what to do."""
     if kv_bits:
         return (
-            f"Keys and values in {kv_bits} bits round this model too much (rollout.kv_bits): take "
-            f"{'8 bits, or ' if kv_bits < 8 else ''}none. If the gap stays without any, please report the model."
+            f"Keys and values in {kv_bits} bits may be too coarse for this model: "
+            f"{'set rollout.kv_bits to 8, or remove it' if kv_bits < 8 else 'remove rollout.kv_bits'}. If the gap "
+            "remains without rollout.kv_bits, please report the model."
         )
     return (
-        "This model decodes something else than it trains on: its cache, its positions or its adapter are handled "
-        "wrongly for batched decoding. Please report the model; training on it would not be sound."
+        "Decoding and training do not compute the same model, so training would follow the difference. Possible causes "
+        "are the cache, the positions or the adapter in batched decoding. Please report the model; training on it "
+        "would not be sound."
     )

@@ -1,4 +1,4 @@
-"""What a run will do and need, in numbers, before it does it."""
+"""The plan of a run: what it will do and how much memory it needs."""
 
 from __future__ import annotations
 
@@ -13,18 +13,32 @@ from grpo.training.packing import Shape
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Counts, and bytes by what they are for.
+    """The plan of a run: counts, and bytes by purpose.
 
-    `fed` is the most tokens that a decoding step may feed a row, as memory allows it (`rollout.speculate`), and
-    `drafts` what such a step takes beside a plain one. `kept_bytes` are left of the memory during a rollout for rows
-    outside the slots, beside the widest drafts that fit, whether they are asked for or not; `waiting` is what rows that
-    wait for environments keep there at the most. As much of it as there is room for is in the rollout's phase.
-
-    `checkpointing`: all layers (True), none (False), or how many of `depth`. `shape` is the largest micro-batch, of
-    which `lanes` are computed side by side; `alone`: more than one would not fit. Of the head, so many `logits` are
-    there at once. `limited`: `memory` is the recipe's own limit. `cuda`: it will run there. `quantized`: the model is.
-    Of layers' inputs `offloaded` bytes lie in another memory, which has room for `host` (None: not known). Where
-    weights are spread over processes, `whole` is what they take beside their parts in all phases but the updates'.
+    steps          number of steps
+    prompts, rows  prompts and completions per step
+    tokens         maximum number of tokens per step
+    parameters     number of parameters, without an adapter's
+    trained        number of trained parameters
+    stays          bytes that stay in memory, by purpose
+    phases         additional bytes of each phase
+    memory         bytes of the machine's memory, or of the recipe's limit (`limited`)
+    slots          number of rows that are decoded simultaneously
+    micro_batch    maximum number of tokens in a micro-batch
+    checkpointing  checkpointed layers: all (True), none (False), or how many of `depth`
+    kept_bytes     bytes left during a rollout for rows outside the slots, after the widest drafts that fit
+    waiting        maximum bytes that rows waiting for environments would keep. The part that fits is in the phase
+    fed            maximum number of tokens per row in a decoding step (`rollout.speculate`)
+    drafts         additional bytes of such a step
+    depth          number of layers
+    shape          shape of the largest micro-batch
+    lanes          number of micro-batches that are computed in parallel
+    alone          whether micro-batches are computed one after the other because two would not fit
+    logits         maximum number of logits of the head in memory
+    cuda           whether the run is on CUDA
+    quantized      whether the model is quantized
+    offloaded      bytes of layers' inputs in the host's memory, which has room for `host` (None: unknown)
+    whole          additional bytes of spread weights while they are whole, in all phases except updates
     """
 
     steps: int
@@ -57,7 +71,7 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Estimated peak: what stays, and the largest of the phases."""
+        """Estimated peak in bytes: what stays, and the largest phase."""
         return sum(self.stays.values()) + max(self.phases.values())
 
     @property
@@ -66,14 +80,14 @@ class Plan:
 
     @property
     def fits_device(self) -> bool:
-        """Whether it fits but for what is offloaded."""
+        """Whether the run fits into the device's memory, without regard to offloaded bytes."""
         return self.slots > 0 and self.total <= self.memory
 
     @property
     def least(self) -> tuple[int, dict[str, int]]:
-        """Bytes that the plan wants of a machine, and their parts: what stays, and the largest phase as the last.
+        """The bytes of memory that the run needs, and their parts: what stays, and last the largest phase.
 
-        Decoding is planned with a part of the memory.
+        A rollout needs more memory than it uses, because its slots are planned with only a share of the memory.
         """
         stays = sum(self.stays.values())
         wanted = {name: stays + size for name, size in self.phases.items()}
@@ -92,7 +106,7 @@ class Plan:
             f"memory about {size_of(self.total)} of {size_of(self.memory)}: {stays}, and {largest}",
             *self._of_whole(),
             *self._of_waiting(),
-            f"updates of up to {self.micro_batch:,} tokens at once{self._longer}{self.checkpointed}"
+            f"updates in micro-batches of up to {self.micro_batch:,} tokens{self._longer}{self.checkpointed}"
             f"{ALONE if self.alone else ''}",
             *self._of_drafts(),
         ]
@@ -100,17 +114,17 @@ class Plan:
     def _of_drafts(self) -> list[str]:
         if self.fed == 1:
             return []
-        return [f"drafts may take {size_of(self.drafts)} more, for steps of up to {self.fed} tokens a row"]
+        return [f"drafts may take {size_of(self.drafts)} more, for steps of up to {self.fed} tokens per row"]
 
     @property
     def _longer(self) -> str:
-        """That there are rows of more tokens than a micro-batch may have, if there are."""
+        """A note on single rows with more tokens than a micro-batch may have; empty if there are none."""
         longer = self.shape is not None and self.shape.rows == 1 and self.shape.tokens > self.micro_batch
         return f", longer completions alone (up to {self.shape.tokens:,})" if longer and self.shape else ""
 
     @property
     def recomputed(self) -> float:
-        """The share of the layers that the backward pass computes again."""
+        """The share of the layers that the backward pass recomputes."""
         layers = self.checkpointing
         return float(layers) if isinstance(layers, bool) else min(1.0, layers / self.depth)
 
@@ -124,7 +138,7 @@ class Plan:
 
     @property
     def rows_at_once(self) -> str:
-        """The largest micro-batch in words."""
+        """A description of the largest micro-batch, with the number of parallel ones."""
         if self.shape is None:
             return ""
         prompts, before, rows, length, lines, width, _ = self.shape
@@ -136,7 +150,7 @@ class Plan:
     def _of_whole(self) -> list[str]:
         if not self.whole:
             return []
-        return [f"outside updates weights are whole, which takes {size_of(self.whole)} of the rollout's"]
+        return [f"outside updates weights are whole, which takes {size_of(self.whole)} of the rollout's memory"]
 
     def _of_waiting(self) -> list[str]:
         if not self.waiting:
@@ -144,25 +158,25 @@ class Plan:
         keep = f"completions that wait for their environments keep up to {size_of(self.waiting)} of keys and values"
         if self.waiting <= self.kept_bytes:
             return [keep]
-        return [f"{keep}; {size_of(self.kept_bytes)} are there, and beyond that the oldest are computed again"]
+        return [f"{keep}; {size_of(self.kept_bytes)} are available, beyond which the oldest are recomputed"]
 
 
-ALONE = ", one after the other: two side by side do not fit"
+ALONE = ", one after the other: two in parallel do not fit"
 
 
 def why_not(plan: Plan, needed: int, parts: dict[str, int]) -> str:
-    """What cannot fit into what, and the parts of what is needed."""
+    """The error for a run that does not fit: what it needs, what there is, and the parts of the need."""
     what = "memory.limit_gb allows" if plan.limited else "the machine has"
     if plan.fits_device:
         return (
             f"this cannot fit: optim.offload_activations moves {size_of(plan.offloaded)} of layers' inputs to the "
-            f"machine's own memory, which has {size_of(plan.host or 0)} for them."
+            f"host's memory, which has room for {size_of(plan.host or 0)}."
         )
     *stays, (phase, size) = parts.items()
     held = ", ".join(f"{name} {size_of(held)}" for name, held in stays if held)
-    rows = "one completion" if plan.slots <= 1 else f"{plan.slots} completions at once"
+    rows = "one completion" if plan.slots <= 1 else f"{plan.slots} completions simultaneously"
     return (
-        f"this cannot fit: it needs {size_of(needed)}, and {what} {size_of(plan.memory)}. {held} stay in memory, and "
+        f"this cannot fit: it needs {size_of(needed)}, but {what} {size_of(plan.memory)}. {held} stay in memory, and "
         f"{NEEDS[phase].format(plan=plan, shape=plan.rows_at_once, rows=rows)} takes {size_of(size)}."
     )
 
@@ -177,12 +191,12 @@ NEEDS = {
 
 
 OFFLOADED = "offloaded inputs"
-"""What binds where the device has room."""
+"""The limiting part if the device has enough memory."""
 PACKED = "rollout.kv_bits: 8 with loss.importance_sampling_correction: token_truncate"
 
 
 def ways_out(plan: Plan, load: Workload) -> list[str]:
-    """What to change so that less is needed: settings that do not yet take the least, then what they cannot change."""
+    """What to change to need less memory: first settings that can still be lowered, then larger changes."""
     *_, phase = [OFFLOADED] if plan.fits_device and not plan.fits else plan.least[1]
     ways = []
     if phase == "update" and plan.recomputed < 1:

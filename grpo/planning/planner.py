@@ -1,4 +1,4 @@
-"""The planner: plans for one policy on this machine, from measurements that are made once."""
+"""The planner: makes plans for a policy on this machine, from measurements that are made once."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from grpo.training.packing import Shape
 def make_plan(
     load: Workload, policy: Policy, decoding: Decoding, limit: float | None = None, loss: LossConfig | None = None
 ) -> tuple[Plan, OptimConfig]:
-    """The plan of a run on this machine, and its `optim` section with what was `auto` decided. See `Planner`."""
+    """The plan of a run on this machine, and its `optim` section with values instead of `auto`. See `Planner`."""
     return Planner(load, policy, decoding, limit, loss).plan()
 
 
 class Planner:
-    """Plans a workload for a policy: what the update needs is measured, the rest is counted.
+    """Plans a workload for a policy: it measures the memory of an update and counts the rest.
 
-    `limit` is the recipe's own, in GB. `lesson` is what a teacher takes, `graders` what reward models take. Raises
-    UserError for a limit that this machine does not have.
+    `limit` is `memory.limit_gb`. `lesson` is the memory of a teacher, `graders` that of reward models. Raises UserError
+    for a limit above this machine's memory.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class Planner:
         lesson: TeacherNeeds = NONE,
         graders: Graders = UNGRADED,
     ) -> None:
-        can = {"share_prompts": policy.share_prompts}  # not every model that is asked to can
+        can = {"share_prompts": policy.share_prompts}  # not every model can
         if on_gpu() and load.optim.pack_completions:
             can["pack_completions"] = policy.packs
         if policy.spread is not None:
-            can["gradient_checkpointing"] = True  # gathered layers are let go of, and computed again
+            can["gradient_checkpointing"] = True  # gathered layers are released and recomputed
         self.policy, self.decoding, self.loss, self.lesson = policy, decoding, loss or LossConfig(), lesson
         self.graders = graders
         parts = load.parts * lanes_worth(policy.model, self.loss)
@@ -69,9 +69,9 @@ class Planner:
         self._footprint, self._body = cache(self._measured), cache(self._body_measured)
 
     def plan(self) -> tuple[Plan, OptimConfig]:
-        """The plan; the policy is set to checkpoint as it decides.
+        """The plan, and the `optim` section. Sets the policy's checkpointing and logits as planned.
 
-        Raises TooLargeError for what cannot fit: what it needs, why, and what to change.
+        Raises TooLargeError if the run cannot fit: the message says what it needs, why, and what to change.
         """
         try:
             plan, optim = plan_on(replace(self._case, tried=self._tried, entering=self._entering))
@@ -82,7 +82,7 @@ class Planner:
 
     @property
     def lengths(self) -> FittingLengths:
-        """The lengths of completions that fit here."""
+        """The lengths of completions that fit on this machine."""
         return FittingLengths(self.load, lambda load: self._draft(load)[0], limit_of(self.policy.model))
 
     def longest(self) -> int:
@@ -98,7 +98,7 @@ class Planner:
 
     @property
     def _case(self) -> Case:
-        """What is planned, where nothing is tried."""
+        """The inputs of a plan in which nothing is tried out."""
         return Case(
             self.machine,
             self.load,
@@ -124,11 +124,11 @@ class Planner:
 
     def _measured(self, checkpointing: bool) -> Footprint:
         with silent(self.policy.model):
-            found = measure_footprint(self.policy, checkpointing)
+            found = measure_footprint(self.policy, checkpointing, self.machine.memory)
         return found if self.policy.spread is None else spread_footprint(found, self.policy.spread)
 
     def _alone(self) -> AbstractContextManager[None]:
-        """What a process tries by itself, as it is in an update."""
+        """A block in which this process tries things out without other processes, in the state of an update."""
         return silent(self.policy.model) if self.policy.spread is None else self.policy.spread.rehearsing()
 
     def _body_measured(self, way: Checkpointing, shape: Shape) -> float:
@@ -136,11 +136,14 @@ class Planner:
             return measure_body(self.policy, way, [shape])[0]
 
     def _tried(self, way: Checkpointing, shape: Shape, logits: int) -> int | None:
-        """Bytes that were seen: on a CPU of the whole gradient where that is cheap, on CUDA of the hidden states', for
-        which there is more in flight than a line knows. A teacher's KL is not tried, but counted."""
+        """Measured bytes of a micro-batch; None if it is not tried out.
+
+        On a CPU, the whole gradient is measured if that is cheap. On CUDA, the hidden states are measured, because more
+        operations are in flight than the linear footprint accounts for. A teacher's KL is counted, not tried out.
+        """
         self.policy.logits = logits
         if shape.alone and way and self._footprint(True).alone is not None:
-            return None  # the line through two such rows is near, and a longer row takes minutes
+            return None  # the line through two such rows is close enough, and a longer row takes minutes
         if self.machine.cuda:
             body = self._body(way, shape)
             depth = len(self.policy.model.layers)
@@ -159,7 +162,7 @@ class Planner:
             return max(asking, rehearsed(self.policy, self.loss, way, shape, number))
 
     def _entering(self, prompts: int, length: int) -> int | None:
-        """Bytes that were seen of prompts on their way through the model: on a CPU, where that is cheap."""
+        """Measured bytes of prefilling prompts, on a CPU and if that is cheap; otherwise None."""
         if self.machine.gpu or not is_cheap(self.policy.model, Shape(prompts, length, prompts, 1), shares=True):
             return None
         with silent(self.policy.model):
@@ -167,12 +170,12 @@ class Planner:
 
 
 def decode_as_planned(generator: Generator, plan: Plan) -> None:
-    """Give a generator the slots, the drafts and the memory for waiting rows that the plan has for them."""
+    """Set a generator's slots, drafts and memory for waiting rows as planned."""
     generator.slots, generator.kept_bytes = plan.slots, plan.kept_bytes
     if generator.speculation is not None:
         generator.speculation.most = plan.fed
 
 
 def allowed(limit: float | None) -> int:
-    """Bytes that a run may take on this machine: the recipe's limit (in GB), or what there is."""
+    """Bytes that a run may take on this machine: the recipe's limit (in GB), or all memory."""
     return within(memory_bytes(), limit)

@@ -1,7 +1,7 @@
-"""One micro-batch of the update, rehearsed before the run: its peak is what the plan says, to a hundredth or two.
+"""Tries out a micro-batch of the update before the run, so that the planned peak is exact to 1 or 2 %.
 
-A line through two small gradients (`footprint`) is for choosing among sizes and for lengths that nobody has tried. What
-was chosen is tried as it will be, with its loss and its head, wherever that costs no more than some seconds.
+The footprint (`grpo.planning.footprint`) serves to choose among sizes, and for lengths that are not tried out. The
+chosen micro-batch is tried out as in the run, with its loss and head, if that takes no more than a few seconds.
 """
 
 from __future__ import annotations
@@ -23,22 +23,21 @@ from grpo.training.packing import Shape
 from grpo.types import Batch
 
 MOST_WORK = 6e10
-"""Multiplications, or what takes as long, that a rehearsal may cost: some seconds on two cores."""
+"""Maximum cost of a trial, in multiplications: a few seconds on two cores."""
 TIMES = 3
-"""Micro-batches that are rehearsed one after the other, at most: a later one has the sum of gradients beside it, and
-how many operations are in flight at once varies a little."""
+"""Maximum number of micro-batches that are tried out one after the other. Later ones share memory with the sum of
+gradients, and the number of operations in flight varies a little."""
 EACH_NUMBER, EACH_SCORE = 500, 600
-"""What an update does to a number that a matrix makes of a token, and to a score, in multiplications that take as
-long."""
+"""The cost of elementwise work in an update, in multiplications: per output of a matrix, and per attention score."""
 
 
 def rehearsed(policy: Policy, loss: LossConfig, checkpointing: bool | int, shape: Shape, number: int) -> int:
-    """Bytes above what is there that the gradient of so many micro-batches of this shape takes.
+    """Peak bytes, above those in use, of the gradient of `number` micro-batches of this shape (at most `TIMES`).
 
-    One goes before them that does not count: it touches memory that the system has to clear, so that more operations
-    are in flight than ever after.
+    A first micro-batch is not measured: it uses memory that the system must clear, which delays operations, so that
+    more of them are in flight than later.
     """
-    gc.collect()  # or what others have left behind would go while this is measured
+    gc.collect()  # else garbage could be freed during the measurement
     former, policy.gradient_checkpointing = policy.gradient_checkpointing, checkpointing
     try:
         resting = mx.get_active_memory()
@@ -54,7 +53,7 @@ def rehearsed(policy: Policy, loss: LossConfig, checkpointing: bool | int, shape
 
 
 def entering(decoding: Decoding, places: int, length: int) -> int:
-    """Bytes beside what stays of them that so many prompts of this length take on their way through the model."""
+    """Peak bytes of prefilling `places` prompts of this length, besides what stays of them afterwards."""
     gc.collect()
     session = decoding.open(Size(places, places, max(1, length - 1), COLUMN_STEP))
     prompts = [SharedPrompt([0] * length) for _ in range(places)]
@@ -67,9 +66,9 @@ def entering(decoding: Decoding, places: int, length: int) -> int:
 
 
 def made_up(shape: Shape, loss: LossConfig) -> Batch:
-    """A batch of this shape with all the columns that this loss reads."""
+    """A synthetic batch of this shape with all columns that this loss reads."""
     prompts, prompt_length, rows, length, lines, *_ = shape
-    assert not lines, "completions behind one another have lines, which this does not make up"
+    assert not lines, "shapes with packed lines are not supported here"
     column = mx.zeros((rows, length))
     penalty = loss.kl_in == "loss" and (loss.beta > 0 or bool(loss.beta_end))
     return Batch(
@@ -88,7 +87,7 @@ def made_up(shape: Shape, loss: LossConfig) -> Batch:
 
 
 def is_cheap(model: nn.Module, shape: Shape, shares: bool) -> bool:
-    """Whether a micro-batch of this shape may be rehearsed on a CPU, reckoned from sizes: the same at every call."""
+    """Whether trying out a micro-batch of this shape on a CPU is cheap, estimated from sizes, so always the same."""
     tokens, pairs = extent(shape, shares, checkpointing=False)
     modules = [module for layer in model.layers for module in layer.modules()]
     matrices: list[mx.array] = [m["weight"] for m in modules if "weight" in m and m["weight"].ndim > 1]

@@ -1,4 +1,4 @@
-"""The plan as a table: what takes memory, how much, and why."""
+"""Shows a plan as a table: what takes memory, how much, and why."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from grpo.planning.workload import Workload
 
 
 def table(plan: Plan, load: Workload) -> list[str]:
-    """A line for everything that takes memory, and the peak of all."""
+    """A line for everything that takes memory, and for the peak."""
     rows = [(name, size, _why_it_stays(name, plan, load)) for name, size in plan.stays.items() if size]
     rows += [(name, size, _why_it_comes(name, plan, load)) for name, size in plan.phases.items()]
     largest = max(plan.phases, key=lambda name: plan.phases[name])
-    whose = "memory.limit_gb" if plan.limited else "the machine"
-    rows.append(("peak", plan.total, f"of {size_of(plan.memory)} ({whose}): what stays, and the {largest}"))
+    limit = "memory.limit_gb" if plan.limited else "the machine"
+    rows.append(("peak", plan.total, f"of {size_of(plan.memory)} ({limit}): what stays, and the {largest}"))
     if plan.offloaded:
         there = "" if plan.host is None else f"of {size_of(plan.host)} "
-        rows.append(("offloaded", plan.offloaded, f"{there}in the machine's own memory: checkpointed layers' inputs"))
+        rows.append(("offloaded", plan.offloaded, f"{there}in the host's memory: checkpointed layers' inputs"))
     width = max(len(name) for name, _, _ in rows)
     return [f"{name:<{width}}  {size_of(size):>8}  {why}" for name, size, why in rows]
 
@@ -29,15 +29,15 @@ def _why_it_stays(name: str, plan: Plan, load: Workload) -> str:
             kept = "moments in 8 bits" if load.optim.moments == "int8" else "in float32"
             return f"{load.optim.optimizer} for {plan.trained:,} trained parameters, {kept}"
         case "teacher":
-            return "its weights, if it is a second model, and what it says of a step's tokens"
+            return "its weights, if it is a second model, and its values for a step's tokens"
         case workload.OLDER:
             return f"groups of up to {load.rollout.reuse} steps ago (rollout.reuse), at their longest"
         case "reward models":
             return "their weights"
         case "other states":
-            return "the reference, and other frozen copies of what trains"
+            return "the reference, and other frozen copies of the trained parameters"
         case _:
-            return "what a failed step is taken back to"
+            return "restored if a step fails"
 
 
 def _why_it_comes(name: str, plan: Plan, load: Workload) -> str:
@@ -51,7 +51,9 @@ def _why_it_comes(name: str, plan: Plan, load: Workload) -> str:
         case "reward models' pass":
             return "activations of one batch of completions (kwargs.batch_tokens)"
         case "update":
-            together = ", if both are at their peaks at once" if plan.lanes == 2 else ""
+            together = ", if both peak simultaneously" if plan.lanes == 2 else ""
             return f"activations: {plan.rows_at_once}{plan.checkpointed}{together}"
+        case "checkpoint":
+            return "weights and optimizer state, gathered from all processes"
         case _:
-            return "the gradient, and parameters at work"
+            return "the gradient, and temporary arrays of the update"

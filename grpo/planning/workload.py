@@ -1,4 +1,4 @@
-"""How much a run sends through a machine at once: what a plan is made for."""
+"""The workload of a run, for which a plan is made: how much goes through the machine at a time."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ from grpo.training.older import bytes_kept
 from grpo.training.packing import WIDE, Packing, Shape
 
 OLDER = "older groups"
-"""What a plan calls the groups that `rollout.reuse` keeps."""
+"""The name in a plan of the groups that `rollout.reuse` keeps."""
 MANY_ROWS = 4_096
-"""Rows of an update from which on what repeats itself is not counted out."""
+"""For updates with more rows than this, repeating micro-batches are not enumerated one by one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """The sections of a recipe that decide it, and the tokens of the longest prompts.
+    """The sections of a recipe that determine the workload, and the lengths of the longest prompts in tokens.
 
-    `evaluation` is None where nothing is evaluated. `prompt_length` is the longest prompt that is trained on, `longest`
-    the longest that is sampled from, held-out prompts included. `own` is how much of it each completion may have for
-    itself, where environments add to prompts: keys and values of that are not shared. `waits`: whether completions wait
-    for environments. `parts`: into how many micro-batches an update is cut at least. `updates`: whether the process
-    makes updates, as all do but those that only sample (`ranks`).
+    evaluation     None for a run without evaluations
+    prompt_length  the longest prompt to train on
+    longest        the longest prompt to sample from, held-out prompts included
+    own            tokens of a prompt that each completion may have for itself, because environments add to prompts.
+                   Their keys and values are not shared
+    waits          whether completions wait for environments
+    parts          minimum number of micro-batches in an update
+    updates        whether the process makes updates: all do, except those that only sample (`ranks`)
     """
 
     optim: OptimConfig
@@ -49,42 +52,42 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step at most: each completion with a prompt of its own."""
+        """Maximum number of tokens in a step, counting a prompt for each completion."""
         return self.rows * (self.prompt_length + self.rollout.max_completion_length)
 
     def stays(self, cuda: bool) -> dict[str, int]:
-        """Bytes that `rollout.reuse` holds at most. With CUDA they lie in another memory than the model."""
+        """Maximum bytes of the groups that `rollout.reuse` keeps. With CUDA they are in the host's memory: empty."""
         length = self.own + self.rollout.max_completion_length
         older = bytes_kept(self.rollout, self.optim.steps, self.prompt_length, length)
         return {OLDER: older} if older and not cuda else {}
 
     @property
     def packs(self) -> bool:
-        """Whether completions may go through the model behind one another, if it is on a GPU."""
+        """Whether completions may be packed into lines on a GPU."""
         return self.optim.pack_completions and self.optim.share_prompts
 
     def need(self) -> Need:
-        """What is sampled at once: the larger of a step's completions and an evaluation's."""
+        """What is sampled together: the completions of a step or of an evaluation, whichever are more."""
         prompts, sampled, group = self.rollout.prompts_per_step, self.rows, self.rollout.num_generations
         if self.evaluation is not None:
             held_out = self.evaluation.prompts
             prompts, sampled = max(prompts, held_out), max(sampled, held_out * self.evaluation.samples)
-            group = 1  # greedy answers
+            group = 1  # a greedy completion per prompt
         reshaped, length = sampling_of(self.rollout).reshaped, self.own + self.rollout.max_completion_length
         return Need(sampled, prompts, self.longest, length, reshaped, self.waits, group)
 
     def largest(self, tokens: int, gpu: bool, cuda: bool = False) -> list[Shape]:
-        """The largest micro-batches of at most `tokens`: the longest prompts, each with all its longest completions,
-        and the widest lines where completions may go behind one another. `gpu`, `cuda`: what the machine has."""
+        """The largest micro-batches of at most `tokens` tokens: the longest prompts with the longest completions in
+        rows, and the widest lines if completions may be packed. `gpu`, `cuda`: what the machine has."""
         optim = with_settings(self.optim, {"micro_batch_tokens": tokens})
         packing = Packing.of(optim, self.rollout, self.parts, gpu=gpu, on_cuda=cuda)
         length = self.own + self.rollout.max_completion_length
-        behind_prompts = min(length, WIDE) if packing.packs else length  # longer ones have lines of their own
+        behind_prompts = min(length, WIDE) if packing.packs else length  # longer completions have their own lines
         return [self._in_rows(packing, behind_prompts), *self._shapes_of_lines(packing, length)]
 
     def shorter(self, tokens: int, gpu: bool) -> list[Shape]:
-        """The largest micro-batches of at most `tokens` whose completions are not the longest: each a fifth shorter
-        than the one before it. They may take more: attention keeps the scores of short rows alone."""
+        """The largest micro-batches of at most `tokens` tokens with shorter completions, each 20 % shorter than the one
+        before. They may take more memory, because attention keeps only the scores of short rows."""
         packing = Packing.of(
             with_settings(self.optim, {"micro_batch_tokens": tokens}), self.rollout, self.parts, gpu=gpu, on_cuda=False
         )
@@ -115,9 +118,9 @@ class Workload:
         return found
 
     def _in_rows(self, packing: Packing, length: int) -> Shape:
-        """The largest of the micro-batches that `packing.pack` makes of an update's rows, all of them the longest."""
+        """The largest micro-batch that `packing.pack` makes from an update's rows if all rows have maximum length."""
         made = self._in_order(packing, length)
-        if packing.parts > 1 and packing.multiple == 1:  # as there, where each part gets about as many rows
+        if packing.parts > 1 and packing.multiple == 1:  # as in `pack`, all parts get about as many rows
             number = -(-len(made) // packing.parts) * packing.parts
             rows = min(packing.rows, -(-self.updated // number))
             made = self._in_order(replace(packing, rows=rows), length)
@@ -143,6 +146,6 @@ class Workload:
                 fitting, rows = shape, rows + 1
             made.append(fitting)
             begun += rows
-            if begun % packing.group == 0 and self.updated > MANY_ROWS:  # the next ones are as these
+            if begun % packing.group == 0 and self.updated > MANY_ROWS:  # the following micro-batches repeat these
                 return made * -(-self.updated // begun)
         return made

@@ -1,1 +1,1 @@
-"""Processes of our own for code of other people: started, watched, ended; and the sandbox."""
+"""Worker processes for other people's code: start, monitoring, end; and the sandbox."""

@@ -1,4 +1,4 @@
-"""Messages between a trainer and its workers: a length, then as many bytes. By the standard library alone."""
+"""Messages between a trainer and its workers: a length, then that many bytes. Uses only the standard library."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 
 _LENGTH = struct.Struct("!Q")
 LONGEST = 1 << 32
-"""In bytes. A longer message can only be noise: a reward that wrote to a descriptor that is not its own."""
+"""Most bytes of a message. A longer message can only be noise from a reward that wrote to a wrong descriptor."""
 
 
 def send(channel: socket.socket, message: bytes, seconds: float | None = None) -> None:

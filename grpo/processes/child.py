@@ -1,4 +1,4 @@
-"""A Python script in a process of its own, which ends with everything below it when this process closes or loses it."""
+"""Runs a Python script in a child process, which ends with all its descendants when this process closes it or ends."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 from grpo.processes.output import Output
 from grpo.processes.tree import OVER_MEMORY
 
-if TYPE_CHECKING:  # a sandbox is built on this file
+if TYPE_CHECKING:  # the sandbox imports this file
     from grpo.processes.sandbox.worker import Sandbox
 
 KEEPER_SECONDS = 10.0
-"""For a keeper to end with all below it."""
+"""Seconds for a keeper to end, with all its descendants."""
 
 
 class ChildProcess:
-    """A running Python script behind its keeper, with a channel to it."""
+    """A running Python script, started by a keeper, and a channel to it."""
 
     def __init__(
         self,
@@ -34,9 +34,9 @@ class ChildProcess:
         memory_gb: float | None,
         sandbox: Sandbox | None = None,
     ) -> None:
-        """Start `script DESCRIPTOR ROOT`: the descriptor of its end of `channel`, and the folder of this package.
+        """Start `script DESCRIPTOR ROOT`: the descriptor of the script's end of `channel`, and this package's folder.
 
-        In a `sandbox` it reads what that shows, and writes to its home folder there.
+        In a `sandbox`, the script can read what the sandbox shows, and write to its home folder there.
         """
         self.channel, far_end = socket.socketpair()
         root = str(Path(__file__).parents[2])
@@ -61,7 +61,7 @@ class ChildProcess:
         self.kill = weakref.finalize(self, _kill, self._popen, self.channel, folder)
 
     def end(self, seconds: float) -> tuple[int | None, bool]:
-        """The exit code of a process that ends in `seconds`, None if it had to be killed; whether memory ended it."""
+        """The exit code (None if the process did not end in `seconds` and was killed), and whether memory ended it."""
         code = None
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self._popen.wait(seconds)
@@ -74,7 +74,7 @@ class ChildProcess:
 def _kill(
     popen: subprocess.Popen[bytes], channel: socket.socket, folder: tempfile.TemporaryDirectory[str] | None
 ) -> None:
-    """Have the keeper kill its worker and all below it, and wait until it has."""
+    """Make the keeper kill its worker and all descendants, and wait for it."""
     assert popen.stdin is not None
     assert popen.stdout is not None
     popen.stdin.close()
@@ -90,7 +90,7 @@ def _kill(
 
 
 def ending(code: int) -> str:
-    """How a process ended, of its exit code (minus the signal that killed it), in words."""
+    """A phrase for an exit code (negative: the signal that killed the process)."""
     if code >= 0:
         return f"exit code {code}"
     try:

@@ -1,4 +1,4 @@
-"""What became of a child process that should have answered, in words."""
+"""Messages that say how a child process ended without an answer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from grpo.processes.output import Output
 
 
 def killed(process: ChildProcess, seconds: float, when: str) -> str:
-    """Kill a process that has not answered in `seconds`."""
+    """Kill a process that has not answered in `seconds`. Returns the message."""
     process.kill()
     return f"no answer in {seconds:g} s {when}, so its process was killed"
 
@@ -17,15 +17,15 @@ def killed(process: ChildProcess, seconds: float, when: str) -> str:
 def ended(
     process: ChildProcess, output: Output, error: Exception, when: str, memory_gb: float | None
 ) -> tuple[bool, str]:
-    """Whether memory ended a process, and how it ended; what is left of it is killed.
+    """Whether the memory limit ended a process, and a message that says how it ended. Kills what is left of it.
 
-    `error` is what came of reading its next message.
+    `error` is the exception from reading its next message.
     """
     gone = isinstance(error, ConnectionError | EOFError)
-    code, out_of_memory = process.end(1.0 if gone else 0.0)  # what answers, if with nonsense, is not about to end
+    code, out_of_memory = process.end(1.0 if gone else 0.0)  # a process that sends nonsense is not about to end
     if out_of_memory:
         return True, f"it used more than memory_gb ({memory_gb:g}) {when}, so its process was killed"
-    time.sleep(0.02)  # for its last words to arrive
+    time.sleep(0.02)  # for its last output to arrive
     if gone and code is not None:
         return False, f"its process ended {when} ({ending(code)}){output.tail()}"
-    return False, f"its process made no sense {when} ({type(error).__name__}: {error})"
+    return False, f"its process sent an invalid message {when} ({type(error).__name__}: {error})"

@@ -1,11 +1,11 @@
-"""Stands between the trainer and one worker process, and sees to it that nothing which that one starts outlives it.
+"""A process between the trainer and one worker, so that no process that the worker starts outlives it.
 
-Run as a script, by the standard library alone: `keeper.py DESCRIPTOR MEMORY COMMAND...` runs the command, with the
-descriptor, in a session of its own; of two descriptors, `IN,OUT`, it makes the command's standard input and output.
-When that process ends, when standard input does (the trainer has closed it, or is gone, however it went), or when
-everything below it holds more than MEMORY bytes (0: no limit), all of it is killed. On Linux that includes processes
-that have moved into another session and lost their parent: they are adopted here. The keeper ends as the worker did,
-and says on standard output if memory was why.
+Runs as a script, with only the standard library: `keeper.py DESCRIPTOR MEMORY COMMAND...` runs the command in a new
+session and passes the descriptor on. Two descriptors, `IN,OUT`, become the command's standard input and output.
+The keeper kills the worker and all its descendants when the worker ends, when the keeper's standard input ends (the
+trainer closed it, or is gone for any reason), or when they hold more than MEMORY bytes together (0: no limit). On Linux
+this includes processes that moved to another session and lost their parent: the keeper adopts them. The keeper exits
+like the worker, and reports on standard output if the memory limit was the reason.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ sys.path.append(str(Path(__file__).parent))
 import tree  # type: ignore[import-not-found]
 
 INTERVAL = 0.05
-"""Seconds between two looks at the memory."""
+"""Seconds between two measurements of memory."""
 PATIENCE = 5.0
-"""Seconds for all to be gone: what the kernel holds back for longer is not waited for."""
+"""Seconds to wait until all killed processes are gone. The kernel may hold some back for longer."""
 
 
 def main() -> None:
-    descriptors, limit, command = [int(one) for one in sys.argv[1].split(",")], int(sys.argv[2]), sys.argv[3:]
+    descriptors, limit, command = [int(number) for number in sys.argv[1].split(",")], int(sys.argv[2]), sys.argv[3:]
     tree.adopt_orphans()
     woken, wake = os.pipe()
     for end in (woken, wake):
@@ -36,7 +36,7 @@ def main() -> None:
     worker = os.fork()
     if worker == 0:
         _become(command, descriptors)
-    for descriptor in descriptors:  # or the trainer would not see it closed by the worker
+    for descriptor in descriptors:  # otherwise the trainer would not notice that the worker closed it
         os.close(descriptor)
     status = _watch(worker, limit, woken)
     with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -47,7 +47,7 @@ def main() -> None:
 
 def _become(command: list[str], descriptors: list[int]) -> None:
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores some, and that is inherited
+    for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores some of them, which exec inherits
         signal.signal(number, signal.SIG_DFL)
     os.setsid()
     tree.die_with_parent()
@@ -65,7 +65,7 @@ def _become(command: list[str], descriptors: list[int]) -> None:
 
 
 def _watch(worker: int, limit: int, woken: int) -> int:
-    """How the worker ended, as waitpid(2) has it; 0 if it is to be ended."""
+    """Wait until the worker ends, and return its status as in waitpid(2); 0 if it is to be killed."""
     due = 0.0
     while True:
         ready, _, _ = select.select([0, woken], [], [], INTERVAL if limit else None)
@@ -73,10 +73,10 @@ def _watch(worker: int, limit: int, woken: int) -> int:
             return 0
         if woken in ready:
             os.read(woken, 4096)
-        ended = tree.reap()  # those that were adopted among them
+        ended = tree.reap()  # adopted processes, too
         if worker in ended:
             return int(ended[worker])
-        if limit and time.monotonic() >= due:  # not at once again when woken: `ps`, where it is asked, wakes, too
+        if limit and time.monotonic() >= due:  # not on every wake: each `ps` that measures wakes it, too
             if tree.use_more_than(tree.descendants(os.getpid()), limit):
                 os.write(1, tree.OVER_MEMORY)
                 return 0
@@ -86,7 +86,7 @@ def _watch(worker: int, limit: int, woken: int) -> int:
 def _end_as(status: int) -> None:
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
-        with contextlib.suppress(OSError, ValueError):  # those that cannot be caught are as they are
+        with contextlib.suppress(OSError, ValueError):  # signals that cannot be caught have the default action
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code if code >= 0 else 128 - code)

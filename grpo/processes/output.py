@@ -1,4 +1,4 @@
-"""What worker processes print: the beginning of it is shown, and no amount of it can hurt."""
+"""The output of worker processes: the beginning is shown, and no amount of output can block anything."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from collections import deque
 from grpo.backend.secrets import masked
 
 SHOWN = 8192
-"""Bytes of a reward's prints that are passed on in each scoring."""
+"""Most bytes of a reward's output that are shown per scoring."""
 TAIL = 600
-"""Characters of a dead worker's last words that go into its error."""
+"""Characters of a dead worker's last output that are quoted in its error."""
 LAST_SECONDS = 1.0
-"""That the end waits for what is in the pipe still. A process that outlives the worker may hold the pipe open."""
+"""Seconds that `close` waits for the rest of the pipe. A process that outlives the worker may hold the pipe open."""
 
 
 class Output:
     """A pipe for a worker's standard output and error, and a thread that empties it.
 
-    `descriptor` is the end to write to, and outlives the worker: its replacement gets the same.
+    `descriptor` is the end to write to. It outlives the worker: a replacement worker gets the same descriptor.
     """
 
     def __init__(self, name: str) -> None:
@@ -35,20 +35,20 @@ class Output:
         self._thread.start()
 
     def begin(self) -> None:
-        """A new scoring: what was left out of the former is said, and there is room again."""
+        """Begin a new scoring: report what was not shown of the previous one, and reset the limit."""
         self._say_repeats()
         self._said.clear()
         if self._left_out:
-            print(f"[{self.name}] printed {self._left_out:,} bytes more, not shown", file=sys.stderr)
+            print(f"[{self.name}] printed {self._left_out:,} more bytes, not shown", file=sys.stderr)
         self._shown, self._left_out = 0, 0
 
     def tail(self) -> str:
-        """The last that was printed, to go after a message."""
+        """The last output, as a suffix for an error message."""
         text = b"".join(self._last).decode(errors="replace").strip()[-TAIL:]
         return f"; it said: {text}" if text else ""
 
     def close(self, seconds: float = LAST_SECONDS) -> None:
-        """Say the rest of what was printed, after at most `seconds`: a worker that has not ended holds the pipe."""
+        """Show the rest of the output. Waits at most `seconds`, because a worker that has not ended holds the pipe."""
         with contextlib.suppress(OSError):
             os.close(self.descriptor)
         self.descriptor = -1
@@ -71,7 +71,7 @@ class Output:
                     self._say(line)
 
     def _say(self, line: bytes) -> None:
-        """Pass a line on, once in each scoring: many processes say the same, and then it is counted alone."""
+        """Show a line once per scoring. Repeats, which are common with many processes, are only counted."""
         if line in self._said:
             self._repeats += 1
             return
@@ -83,4 +83,4 @@ class Output:
         repeats, self._repeats = self._repeats, 0
         if repeats:
             lines = "line" if repeats == 1 else "lines"
-            print(f"[{self.name}] ({repeats:,} {lines} more, the same as above)", file=sys.stderr)
+            print(f"[{self.name}] ({repeats:,} more {lines}, the same as above)", file=sys.stderr)

@@ -1,6 +1,6 @@
-"""The processes that a process has started: found, measured, ended.
+"""Finds, measures and ends the descendants of a process.
 
-Scripts use this too: by the standard library alone. On Linux from /proc, elsewhere from `ps`.
+Uses only the standard library, because scripts import it too. Reads /proc on Linux, and calls `ps` elsewhere.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 PAGE = os.sysconf("SC_PAGE_SIZE")
 OVER_MEMORY = b"memory"
-"""What a keeper says of processes that it ended for the memory that they took."""
+"""A keeper's message after it ended processes because of their memory."""
 
 
 def adopt_orphans() -> None:
-    """Become the parent of each descendant that loses its own: none gets away by it. On Linux; elsewhere not so.
+    """Become the parent of every descendant that loses its parent, so that none escapes. Only on Linux.
 
     See PR_SET_CHILD_SUBREAPER in prctl(2).
     """
@@ -30,16 +30,16 @@ def adopt_orphans() -> None:
 
 
 def die_with_parent() -> None:
-    """Be killed when the parent is gone, however it went. On Linux; elsewhere not so."""
+    """Have this process killed when its parent ends, for any reason. Only on Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def descendants(pid: int) -> list[int]:
-    """The processes that `pid` has started, and those that they have, parents first; zombies are among them."""
+    """The processes that `pid` started, and their descendants, parents first. Includes zombies."""
     parents = None if _has_children_files() else _parents()
     found = [pid]
-    for above in found:  # it grows on the way
+    for above in found:  # the list grows during the loop
         found += (
             _children(above) if parents is None else [child for child, parent in parents.items() if parent == above]
         )
@@ -47,21 +47,21 @@ def descendants(pid: int) -> list[int]:
 
 
 def use_more_than(pids: Iterable[int], limit: int) -> bool:
-    """Whether the processes together hold more than `limit` bytes of memory; what they share counts once."""
+    """Whether the processes together hold more than `limit` bytes of memory. Shared memory counts once."""
     pids = list(pids)
-    if sum(map(_resident, pids)) <= limit:  # in which shared pages count for each
+    if sum(map(_resident, pids)) <= limit:  # this upper bound counts shared pages once per process
         return False
     return sum(map(_proportional, pids)) > limit
 
 
 def end(pid: int) -> None:
-    """Kill a process, if it is there and ours to kill."""
+    """Kill a process, if it exists and this user may kill it."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(pid, signal.SIGKILL)
 
 
 def end_descendants(seconds: float) -> None:
-    """Kill all that this process has started, and reap it; in `seconds` what can be killed is gone."""
+    """Kill and reap all descendants of this process, for at most `seconds`."""
     deadline = time.monotonic() + seconds
     while (left := descendants(os.getpid())) and time.monotonic() < deadline:
         for pid in left:
@@ -71,7 +71,7 @@ def end_descendants(seconds: float) -> None:
 
 
 def reap() -> dict[int, int]:
-    """The children that have ended, with how."""
+    """Reap the children that have ended. Returns their wait statuses by process id."""
     ended: dict[int, int] = {}
     with contextlib.suppress(ChildProcessError):
         while (reaped := os.waitpid(-1, os.WNOHANG)) != (0, 0):
@@ -85,7 +85,7 @@ def _has_children_files() -> bool:
 
 def _children(pid: int) -> list[int]:
     found: list[int] = []
-    with contextlib.suppress(OSError):  # it has ended meanwhile
+    with contextlib.suppress(OSError):  # the process has ended meanwhile
         for thread in os.listdir(f"/proc/{pid}/task"):
             found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
     return found
@@ -96,16 +96,16 @@ def _parents() -> dict[int, int]:
 
 
 def _ps(*arguments: str) -> str:
-    """What `ps` says, without the lines about itself."""
+    """The output of `ps`, without the lines about itself."""
     import subprocess
 
     with subprocess.Popen(["ps", *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as ps:
-        said = ps.communicate()[0]
-    return "".join(line for line in said.splitlines(keepends=True) if line.split()[:1] != [str(ps.pid)])
+        text = ps.communicate()[0]
+    return "".join(line for line in text.splitlines(keepends=True) if line.split()[:1] != [str(ps.pid)])
 
 
 def _resident(pid: int) -> int:
-    """Bytes that a process holds in memory; 0 when it has ended."""
+    """Bytes of a process's resident memory; 0 if it has ended."""
     if not _has_children_files():
         return int(_ps("-o", "rss=", "-p", str(pid)).strip() or 0) * 1024
     try:
@@ -115,7 +115,7 @@ def _resident(pid: int) -> int:
 
 
 def _proportional(pid: int) -> int:
-    """Bytes, with a share of what it shares with others; where the kernel does not say, all of what it holds."""
+    """Bytes of a process's memory, with its share of shared pages; resident bytes if the kernel does not report it."""
     try:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):

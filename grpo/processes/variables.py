@@ -1,4 +1,4 @@
-"""The environment of a worker process: that of the trainer without its secrets, but for those that the recipe names."""
+"""The environment of a worker process: the trainer's, without secrets that the recipe does not name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from grpo.backend.secrets import is_secret
 from grpo.errors import UserError
 
 VARIABLE = "_env"
-"""A reward's argument that ends so names a variable that it reads, as `api_key_env` of `llm_judge` does."""
+"""Suffix of arguments whose value names an environment variable that the reward reads, such as `api_key_env` of
+`llm_judge`."""
 
 
 def environment(names: Collection[str]) -> dict[str, str]:
@@ -22,20 +23,20 @@ def environment(names: Collection[str]) -> dict[str, str]:
 
 
 def with_hint(error: str, environment: Mapping[str, str]) -> str:
-    """An error of a worker that had `environment`, with a hint where it asks for a variable that was kept from it."""
+    """A worker's error, with a hint if it names a variable that is not in the worker's `environment`."""
     what, newline, rest = error.partition("\n")
-    kept = [name for name in re.findall(r"\w+", what) if name in os.environ and name not in environment]
-    if not kept:
+    hidden = [name for name in re.findall(r"\w+", what) if name in os.environ and name not in environment]
+    if not hidden:
         return error
-    why = f"{kept[0]} is set, but the process gets no secrets that `env` does not name: env: [{kept[0]}]"
+    why = f"{hidden[0]} is set, but the process gets no secrets that `env` does not name: env: [{hidden[0]}]"
     return f"{what} ({why}){newline}{rest}"
 
 
 def named_variables(env: Collection[str], where: str, kwargs: Mapping[str, Any]) -> set[str]:
-    """The variables that a recipe names for a reward: in its `env`, and by arguments such as `api_key_env`.
+    """The variables that a recipe names for a reward: in its `env`, and in arguments such as `api_key_env`.
 
-    `where` is `file.py:function`: the defaults of such arguments count too. Raises UserError for a variable of `env`
-    that is not set.
+    `where` is `file.py:function`; the defaults of the function's arguments count too. Raises UserError for a variable
+    in `env` that is not set.
     """
     if missing := [name for name in env if name not in os.environ]:
         raise UserError(f"env: the environment has no variable {missing[0]}")
@@ -44,11 +45,11 @@ def named_variables(env: Collection[str], where: str, kwargs: Mapping[str, Any])
 
 
 def _defaults(where: str) -> dict[str, Any]:
-    """The defaults of a function's arguments that are texts, read without importing it; none of what is in no file."""
+    """The constant defaults of a function's arguments, read without importing it; empty if it is not in a file."""
     file, _, name = where.rpartition(":")
     try:
         tree = ast.parse(Path(file).read_bytes())
-    except (OSError, ValueError, SyntaxError):  # a module, or a file that will be complained of when it is imported
+    except (OSError, ValueError, SyntaxError):  # a module, or a file whose import will fail with an error
         return {}
     found = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     arguments = [node.args for node in found if node.name == name]

@@ -1,4 +1,4 @@
-"""The agents of a run: the endpoint by which they ask the model, and who makes trajectories of what they do."""
+"""The agents of a run: the endpoint through which they call the model, and the environment that they are together."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from grpo.types import Task, Trajectory
 if TYPE_CHECKING:
     from grpo.model.mlxlm import TokenizerWrapper
 
-NOTE = "agents ask the model by an endpoint of this process, on this machine alone; each rollout is a session there"
+NOTE = "agents call the model through an endpoint of this process, on this machine only; each rollout is one session"
 
 
 @dataclass(frozen=True, slots=True)
 class AgentsByName:
-    """Agents of a run by the value of the column `environment`; the only ones go by the empty name.
+    """The agents of a run by the value of the column `environment`. The agents of a single environment have the empty
+    name.
 
-    `speaker` writes the prompts of all of them, which `longest_answer` tokens may follow.
+    `speaker` writes the prompts of all agents. Up to `longest_answer` tokens may follow a prompt.
     """
 
     agents: Mapping[str, Agents]
@@ -42,7 +43,7 @@ class AgentsByName:
         return await self.agents[name].rollout(task, sampler)
 
     def prompts_like(self, readers: Mapping[str, PromptRenderer]) -> None:
-        """Let first prompts be as long as those of their source may be."""
+        """Limit the first prompt of a session to the `max_prompt_length` of its source."""
         limits = {name: reader.cfg.max_prompt_length for name, reader in readers.items()}
         self.speaker.longest = max(limits.values()) + self.longest_answer
         for agents in self.agents.values():
@@ -50,7 +51,7 @@ class AgentsByName:
 
 
 def check_endpoint(place: str) -> None:
-    """Raise UserError where what the endpoint needs is not installed. `place` is the section that names an agent."""
+    """Raise UserError if packages that the endpoint needs are missing. `place` is the section that names an agent."""
     with extra("serve", place):
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
@@ -65,13 +66,12 @@ def agents_of(
     model: str,
     closing: ExitStack,
 ) -> AgentsByName:
-    """Who makes trajectories of what agents ask and are answered. `closing` ends the endpoint, which listens from the
-    first rollout on.
+    """The environment that turns the requests of agents and their answers into trajectories.
 
-    Messages become tokens as `renderer` has prompts of messages, with the same arguments of the chat template. Agents
-    may ask for the model by the name `model`.
+    `closing` stops the endpoint, which starts to listen at the first rollout. Messages become tokens as they do in
+    prompts by `renderer`, with the same chat template arguments. Agents may request the model by the name `model`.
     """
-    assert renderer.vocabulary is not None, "what agents send is checked against it"
+    assert renderer.vocabulary is not None, "token ids that agents send are checked against the vocabulary"
     cfg, recipe, answer = renderer.cfg, sampling_of(rollout), rollout.max_completion_length
     longest = cfg.max_prompt_length + answer
     speaker = Speaker(tokenizer, renderer.vocabulary, longest, cfg.chat_template_kwargs)

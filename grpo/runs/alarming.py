@@ -1,4 +1,4 @@
-"""What the alarms of a run go by."""
+"""What the alarms of a run compare its metrics with."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from grpo.training.trainer import Trainer
 
 
 def terms_of(trainer: Trainer) -> AlarmTerms | None:
-    """The terms of a trainer's run; None with `alarms: off`."""
+    """The alarm terms of a trainer's run: thresholds and the settings they depend on. None with `alarms: off`."""
     cfg, scorer, alarms = trainer.cfg, trainer.scorer, trainer.cfg.alarms
     if alarms is None:
         return None
-    if cfg.ranks is not None:  # logprobs of two policies are further apart than rounding explains
+    if cfg.ranks is not None:  # the logprobs come from two policies, which differ by more than rounding
         alarms = with_settings(alarms, {"logp_difference": None})
     return AlarmTerms(
         alarms,

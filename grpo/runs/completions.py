@@ -1,6 +1,6 @@
-"""What a run sampled, kept to be looked at: `completions/step-000012.parquet`, a row for each completion.
+"""Writer and reader of a run's stored completions: `completions/step-000012.parquet`, a row for each completion.
 
-`fields` is the schema. The writer and the reader are here, side by side.
+`fields` is the schema.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from grpo.runs.spans import characters
 from grpo.types import BEHAVIOUR, FAILURES, Failure, Group, Prompt, Rollout, Task, Trajectory
 
 PROMPT = "prompt"
-"""In the `columns` of a row: the prompt as rewards saw it, a text or messages."""
+"""Key in the `columns` of a row: the prompt as rewards got it, text or messages."""
 
 UNNAMED = ""
-"""The source of a task that was stored before files said it."""
+"""The source of a task from an older file, which does not name sources."""
 
 
 def store_completions(
@@ -39,11 +39,11 @@ def store_completions(
     learnt: int,
     decode: Callable[[int], str] | None = None,
 ) -> Path | None:
-    """Write a step's completions, or some of them, or none, as `log.completions` says. Returns the file.
+    """Write a step's completions, some of them, or none, as `log.completions` says. Returns the file.
 
-    `groups` are all that were sampled, the `learnt` ones that were trained on first; the others' advantages are null.
-    `decode` is the text of one token; with it, the file says which part of the text each token is. The file is written
-    aside and synced, and appears under its name by one rename.
+    `groups` are all sampled groups. The first `learnt` of them were trained on; the advantages of the others are stored
+    as null. `decode` returns the text of one token; with it, the file stores which part of the text each token is.
+    The file is written under a temporary name, synced, and renamed.
     """
     if setting is None or (step - 1) % setting.every:
         return None
@@ -61,7 +61,7 @@ def store_completions(
 
 
 def store_failed(path: Path, step: int, groups: Sequence[Group]) -> Path:
-    """Write all the completions of a scoring that ended its run to `path`, with the failure of each. Returns it."""
+    """Write all completions of the scoring call that ended a run to `path`, each with its failure. Returns `path`."""
     rows = [
         _row(step, g, i, group.task, rollout, learnt=False)
         for g, group in enumerate(groups)
@@ -71,15 +71,15 @@ def store_failed(path: Path, step: int, groups: Sequence[Group]) -> Path:
 
 
 def stored_steps(folder: Path) -> list[Path]:
-    """The stored steps of a run's `completions` folder, oldest first."""
+    """The files of a run's `completions` folder, oldest step first."""
     return sorted(folder.glob("step-*.parquet"))
 
 
 def read_completions(path: Path) -> tuple[int, list[Group]]:
-    """The step of a stored file, and its groups as they were, advantages included (0 for null).
+    """The step of a stored file, and its groups, advantages included (0 for null).
 
-    Token ids and logprobs of the prompt are not stored: the tasks have none. Raises UserError for what is not such a
-    file.
+    Token ids of prompts are not stored, so the tasks have none. Raises UserError if `path` is not a file of stored
+    completions.
     """
     with _stored(path):
         rows: list[dict[str, Any]] = _table(path).to_pylist()
@@ -90,8 +90,10 @@ def read_completions(path: Path) -> tuple[int, list[Group]]:
 
 
 def read_groups(path: Path, numbers: Iterable[int]) -> Iterator[tuple[int, Group, list[list[int] | None]]]:
-    """Groups of a stored file by their numbers, as `read_completions` has them, each made when it is asked for: the
-    step, the group, and of each completion the characters of each token, None where they are not known."""
+    """Yield the groups of a stored file that have these numbers, as `read_completions` returns them, one at a time.
+
+    Each item is the step, the group, and for each completion the number of characters of each token (None: unknown).
+    """
     with _stored(path):
         table = _table(path)
         for number in numbers:
@@ -100,8 +102,10 @@ def read_groups(path: Path, numbers: Iterable[int]) -> Iterator[tuple[int, Group
 
 
 def read_columns(path: Path, names: Sequence[str]) -> list[tuple[Any, ...]]:
-    """Columns of a stored file, a tuple for each completion; None where a file of an earlier version lacks a column.
-    Raises UserError for what is not such a file."""
+    """Columns of a stored file, a tuple for each completion; None for a column that an older file lacks.
+
+    Raises UserError if `path` is not a file of stored completions.
+    """
     with _stored(path):
         with _parquet().ParquetFile(path) as file:
             known = set(file.schema_arrow.names)
@@ -122,30 +126,39 @@ def _parquet() -> Any:
 
 @contextmanager
 def _stored(path: Path) -> Iterator[None]:
-    """Say of a file that cannot be read which it is."""
+    """Turn errors of a file that cannot be read into a UserError that names the file."""
     import pyarrow as pa
 
     try:
         yield
     except (OSError, KeyError, pa.ArrowException) as error:
-        raise UserError(f"{path}: not completions that a run of ours stored: {error}") from error
+        raise UserError(f"{path}: not a file of completions that grpo stored: {error}") from error
 
 
 def fields(rows: Sequence[dict[str, Any]]) -> Any:
-    """The schema of a step's file, as pyarrow has it: the fixed columns, then those of each reward by its name.
+    """The pyarrow schema of a step's file: the fixed columns, then the columns of each reward by its name.
 
-    `group` is the place in the step, `index` that in the group; `source` and `task` say which task it is of (a source
-    and the index of its row, `Task.identity`). `prompt` is what the model saw, with what an environment added to it.
-    `token_ids` and `logprobs` are those of the completion, the stop token included. `characters` counts the characters
-    of `completion` that each token adds to it, null: unknown. `trained` says which of these tokens the policy sampled
-    and learns from, null: all of them. `begins` has the places of tokens at which the conversation went on in a new row
-    after the prompt, null: none. `policy_step` is the number of steps that the policy that sampled had made, and `lag`
-    how many more the policy had made that learnt. `replayed`: an earlier step sampled the group, and `rollout.reuse`
-    took it again. `advantage` is null for groups that were sampled but not learnt from, and `turn_advantages` are in
-    its place where turns have their own; `reward` is before `penalty`. `conversation` is JSON, the fields of
-    `Conversation`; null for a single answer. `reward/<name>` is null where a reward gave no score, and `failure/<name>`
-    says why if it failed ("timeout: ...", "error: ..."). `columns` is JSON: the dataset's row, and the prompt as
-    rewards saw it. `extra/<name>` is JSON, by `log_extra`.
+    group            index of the group in the step
+    index            index of the completion in the group
+    source, task     the source of the task and the index of its row (`Task.identity`)
+    prompt           what the model got, including what an environment added
+    completion       text of the completion
+    token_ids        tokens of the completion, stop token included
+    logprobs         logprob of each token
+    characters       number of characters of `completion` that each token adds; null: unknown
+    trained          which tokens the policy sampled and learns from; null: all of them
+    begins           indices of tokens at which the conversation continued in a new row after the prompt; null: none
+    policy_step      number of steps that the sampling policy had made
+    lag              number of steps that the learning policy had made since then
+    replayed         whether an earlier step sampled the group and `rollout.reuse` reused it
+    reward           weighted sum of the rewards, before `penalty`
+    advantage        null for groups that were sampled but not trained on
+    turn_advantages  advantages per turn, if turns have their own
+    conversation     JSON, the fields of `Conversation`; null for a single answer
+    columns          JSON: the dataset's row, and the prompt as rewards got it
+    reward/<name>    score of a reward; null if it gave none
+    failure/<name>   why the reward failed ("timeout: ...", "error: ..."); null if it did not fail
+    extra/<name>     JSON, what the reward logged with `log_extra`
     """
     import pyarrow as pa
 
@@ -236,13 +249,13 @@ def _row(
 
 
 def _prompt(task: Task, trajectory: Trajectory) -> Prompt:
-    """The prompt as the model saw it."""
+    """The prompt as the model got it."""
     talk = trajectory.conversation
     return task.prompt if talk is None else list(talk.prompt)
 
 
 def _failed(rollout: Rollout, name: str) -> str | None:
-    """How a reward failed on a completion, if it did."""
+    """How a reward failed on a completion; None if it did not fail."""
     return _valid(str(rollout.failures[name])) if name in rollout.failures else None
 
 
@@ -251,16 +264,17 @@ def _group(rows: Sequence[dict[str, Any]]) -> Group:
 
 
 def _task(row: dict[str, Any]) -> Task:
-    """The task of a stored row. Older files do not say which it is: there its columns tell it from the others."""
+    """The task of a stored row. Older files have no index: it is then derived from the task's columns."""
     columns = json.loads(row["columns"])
     source, index = row.get("source", UNNAMED), row.get("task")
     return Task(derive_seed(0, row["columns"]) if index is None else index, columns[PROMPT], (), columns, source)
 
 
 def _rollout(row: dict[str, Any]) -> Rollout:
-    """A completion that only a reward of weight 0 failed on has a sum: where there is none, a failure counts.
+    """The rollout of a stored row.
 
-    Files of earlier versions have no `lag`, or have one above 0 for replayed groups alone.
+    It counts as failed only if it has no `reward`: the failure of a reward with weight 0 leaves the weighted sum
+    intact. Older files have no `lag`, or a `lag` above 0 only for replayed groups.
     """
     failures = {name: _failure(text) for name, text in _named(row, "failure/").items() if text is not None}
     return Rollout(
@@ -279,7 +293,7 @@ def _rollout(row: dict[str, Any]) -> Rollout:
 
 
 def _trajectory(row: dict[str, Any]) -> Trajectory:
-    """Files of earlier versions have no `trained` (all tokens are), no `begins`, `policy_step` and `conversation`."""
+    """The trajectory of a stored row. Older files lack `trained` (all), `begins`, `policy_step` and `conversation`."""
     token_ids, trained, logprobs = tuple(row["token_ids"]), row.get("trained"), row["logprobs"]
     return Trajectory(
         token_ids,
@@ -303,12 +317,12 @@ def _named(row: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _as_text(prompt: Prompt) -> str:
-    """A prompt for people: messages as `role: content`, with an empty line between them."""
+    """A prompt as readable text: messages as `role: content`, with an empty line between them."""
     if isinstance(prompt, str):
         return _valid(prompt)
     return _valid("\n\n".join(f"{message['role']}: {text_of(message)}" for message in prompt))
 
 
 def _valid(text: str) -> str:
-    """The text without lone surrogates, which no UTF-8 can hold."""
+    """The text without lone surrogates, which UTF-8 cannot encode."""
     return text.encode(errors="replace").decode()

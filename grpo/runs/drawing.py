@@ -1,4 +1,4 @@
-"""What chooses a run's tasks: the stream of its rows, a curriculum over them, or a class of the user's own."""
+"""What chooses a run's tasks: a stream of its rows, a curriculum over the rows, or the user's own class."""
 
 from __future__ import annotations
 
@@ -28,23 +28,25 @@ from grpo.scoring.scorer import Scorer
 def source_of(
     data: DataConfig, given: Given, streams: Mapping[str, TaskStream | WindowStream], scorer: Scorer, seed: int
 ) -> Source:
-    """The source of a run's tasks, which draws from the seed, over the streams of its rows by name. What is `given`
-    takes the place of `data.sampler`.
+    """The source of a run's tasks, over the streams of its rows by name; its draws derive from `seed`. A source in
+    `given` replaces `data.sampler`.
 
-    Raises UserError for a sampler that cannot be had, or is no source, and for a reward of `data.curriculum` that the
-    run has not, or that does not score those tasks.
+    Raises UserError for a sampler that cannot be loaded or is not a source, and for a reward of `data.curriculum` that
+    the run does not have or that does not score the tasks.
     """
     if given.source is not None:
         if data.sources:
             raise UserError(
-                "data.sources does nothing beside source=..., which is made of the stream of one source: leave out one "
-                "of them, or name a class for each source by its sampler"
+                "data.sources does nothing with source=..., which gets the stream of a single source: remove one of "
+                "the two, or name a class for each source in its sampler setting"
             )
         if data.curriculum is not None:
-            raise UserError("data.curriculum does nothing beside source=..., which chooses all tasks: leave out one")
+            raise UserError("data.curriculum does nothing with source=..., which chooses all tasks: remove one of them")
         stream = streams["data"]
         if isinstance(stream, WindowStream):
-            raise UserError("data.streaming does nothing beside source=..., which may ask for any row: leave out one")
+            raise UserError(
+                "data.streaming does not work with source=..., which may ask for any row: remove one of them"
+            )
         return given.source(stream)
     parts = {
         name: _of_one(part, name, streams[name], scorer, seed_of(data, name, seed)) for name, part in data.parts.items()
@@ -55,14 +57,16 @@ def source_of(
 
 
 def seed_of(data: DataConfig, source: str, seed: int) -> int:
-    """What a source draws from: the run's seed, or one of its own among several sources, so that two of as many rows
-    are not shuffled alike."""
+    """The seed of a source: the run's seed, or a seed derived per source if there are several, so that two sources of
+    equal size are not shuffled alike."""
     return seed if len(data.sources) < 2 else derive_seed(seed, f"source:{source}")
 
 
 def check_begins(source: Source) -> None:
-    """Raise UserError where a curriculum has no task to begin with: before an evaluation, which takes minutes, and in a
-    run that only rehearses."""
+    """Raise UserError if a curriculum has no task to begin with.
+
+    Called before the first evaluation, which takes minutes, and in a dry run.
+    """
     for one in source.sources.values() if isinstance(source, Mixture) else [source]:
         if isinstance(one, Curriculum):
             one.check()
@@ -70,7 +74,7 @@ def check_begins(source: Source) -> None:
 
 def _of_one(data: DataConfig, name: str, stream: TaskStream | WindowStream, scorer: Scorer, seed: int) -> Source:
     """The source of tasks from the rows of one stream."""
-    if isinstance(stream, WindowStream):  # nothing chooses among rows that are not known
+    if isinstance(stream, WindowStream):  # samplers and curricula need to know all rows
         return stream
     if data.sampler is not None:
         return _own(data.sampler, stream)
@@ -81,26 +85,28 @@ def _of_one(data: DataConfig, name: str, stream: TaskStream | WindowStream, scor
 
 
 def solved_by(scorer: Scorer, cfg: CurriculumConfig | None = None, source: str = "data") -> Solved:
-    """What a solve rate of a source's tasks is in a run with these rewards. Raises UserError for a reward that the run
-    has not, or that does not score these tasks."""
+    """How solve rates of a source's tasks are computed in a run with these rewards.
+
+    Raises UserError for a reward that the run does not have, or that does not score these tasks.
+    """
     cfg = cfg or CurriculumConfig()
     if cfg.reward is None:
         graders = scorer.graders(source)
         return Solved(tuple(graders), not set(graders) & set(scorer.rewards), cfg.best)
     if cfg.reward not in scorer.weights:
         raise UserError(
-            f"data.curriculum.reward: the run has no reward {cfg.reward!r}; there is {', '.join(scorer.weights)}"
+            f"data.curriculum.reward: the run has no reward {cfg.reward!r}; its rewards are {', '.join(scorer.weights)}"
         )
     if cfg.reward in scorer.rewards and not scorer.applies(cfg.reward, source):
         raise UserError(
-            f"data.curriculum.reward: {cfg.reward!r} does not score tasks of the source {source!r} (its rewards do not "
-            "name it): give that source a curriculum of its own"
+            f"data.curriculum.reward: {cfg.reward!r} does not score tasks of the source {source!r} (it is not in the "
+            "source's rewards): give that source its own curriculum"
         )
     return Solved((cfg.reward,), cfg.reward in scorer.environments, cfg.best)
 
 
 def chosen_note(data: DataConfig, rows: int, name: str = "data") -> list[str]:
-    """What there is to say of tasks of a source that are not simply all rows."""
+    """Notes on a source whose rows are rated or chosen by solve rate; empty for a source of plain rows."""
     if data.solve_rates is None or not Path(data.solve_rates).expanduser().exists():
         return []
     known = SolveRates.read(Path(data.solve_rates))
@@ -113,11 +119,10 @@ def chosen_note(data: DataConfig, rows: int, name: str = "data") -> list[str]:
 
 
 def rates_hash(data: DataConfig) -> dict[str, str]:
-    """A SHA-256 of each file of solve rates that says which rows a run trains on, by the source's name and the
-    setting's.
+    """The SHA-256 of each file of solve rates that decides which rows a run trains on, by source and setting.
 
-    Where `data.solve_rate` keeps all rows there is none: a run that goes on has the rates of its checkpoint. Nor is
-    there where the file has gone: a run that goes on needs it, and that will say so.
+    Files of sources without `solve_rate`, which keep all rows, are left out: a resumed run gets its rates from the
+    checkpoint. Missing files are left out too: loading the rows of a resumed run raises the error.
     """
     parts = {name: part for name, part in data.parts.items() if part.solve_rates and part.solve_rate is not None}
     files = {name: Path(str(part.solve_rates)).expanduser() for name, part in parts.items()}
@@ -125,7 +130,7 @@ def rates_hash(data: DataConfig) -> dict[str, str]:
 
 
 def gone_rates(data: DataConfig, state: RunState) -> list[str]:
-    """The names of the sources whose file of `solve_rates` is not there and not needed, because a run's state has the
+    """The names of the sources whose file of `solve_rates` is missing and not needed, because the run's state has the
     rates."""
     tasks = state.trainer.counts["tasks"]
     states = tasks.get("sources", {}) if data.sources else {"data": tasks}
@@ -141,10 +146,10 @@ def _own(use: str, stream: TaskStream) -> Source:
         made: Any = make(stream)
     except UserError:
         raise
-    except Exception as error:  # the user's code: whatever it raises is theirs to see
-        raise UserError(f"data.{what}: it cannot be made with the stream of tasks: {one_line(error)}") from error
+    except Exception as error:  # the user's code may raise anything: show it
+        raise UserError(f"data.{what}: calling it with the stream of tasks failed: {one_line(error)}") from error
     if made is None:
-        raise UserError(f"data.{what}: it returned None; it has to return a source of tasks, or be the class of one")
+        raise UserError(f"data.{what}: it returned None; it must be the class of a source, or return a source of tasks")
     own = OwnSource(checked_source(made), f"data.{what}")
-    own.state()  # one that no checkpoint can hold is said before the first step
+    own.state()  # raises now, not at the first checkpoint, if the state cannot be saved
     return own

@@ -1,4 +1,4 @@
-"""A source of a run's tasks before the first step: its rows, its prompts and their lengths, and what to say of it."""
+"""A source of a run's tasks before the first step: its rows, its prompts, their lengths, and notes for the plan."""
 
 from __future__ import annotations
 
@@ -20,45 +20,48 @@ from grpo.types import Task
 
 @dataclass(frozen=True, slots=True)
 class Feed:
-    """The rows of a source, and what makes tasks of them."""
+    """The rows of a source, and the renderer that turns them into tasks."""
 
     name: str
     rows: Rows | Streamed
     renderer: PromptRenderer
 
     def first(self, n: int, most: int | None = None) -> list[Task]:
-        """The first `n` tasks in the rows' own order; of streamed rows fewer where the first `most` have no more.
-        Raises UserError where there are none."""
+        """The first `n` tasks in the order of the rows. Streamed rows may give fewer: only the first `most` are read.
+
+        Raises UserError if there are no tasks.
+        """
         if isinstance(self.rows, Streamed):
             return first_streamed(self.rows, self.renderer, n, most)
         return first_tasks(self.rows, self.renderer, n)
 
     def lengths(self) -> Lengths | None:
-        """How long its prompts are; None where that is too much to measure. Raises UserError as `measure_lengths`."""
+        """The lengths of the prompts; None if the rows are streamed or too much text to measure.
+
+        Raises UserError as `measure_lengths` does.
+        """
         return None if isinstance(self.rows, Streamed) else measure_lengths(self.rows, self.renderer)
 
     def stream(self, seed: int) -> TaskStream | WindowStream:
-        """Its tasks without end."""
+        """An endless stream of the source's tasks."""
         if isinstance(self.rows, Streamed):
             return WindowStream(self.rows, self.renderer, seed)
         return TaskStream(self.rows, self.renderer, seed)
 
     def notes(self, lengths: Lengths | None, partners: Partners) -> list[str]:
-        """How long the prompts are that the plan is made for, and the rows that are left out."""
+        """Notes on the prompt length that the plan assumes, and on rows that are left out."""
         cfg, name, rows = self.renderer.cfg, self.name, self.rows
         limit = f"{name}.max_prompt_length ({cfg.max_prompt_length:,} tokens)"
         prompts = "prompts" if name == "data" else f"prompts of {name}"
         if isinstance(rows, Streamed):
-            order = f"shuffled in windows of {cfg.window:,}" if cfg.shuffle else "taken in their own order"
-            return [f"{prompts}: planned for {limit}, because rows are read as they come; they are {order}"]
+            order = f"shuffled in windows of {cfg.window:,}" if cfg.shuffle else "used in their order"
+            return [f"{prompts}: planned for {limit}, because rows are streamed; they are {order}"]
         chosen = chosen_note(cfg, len(rows), name)
         if lengths is None:
-            many = (
-                f"{prompts}: planned for {limit}, because {len(rows):,} rows are too much text to measure at the start"
-            )
+            many = f"{prompts}: planned for {limit}, because {len(rows):,} rows are too much text to measure at startup"
             return [*chosen, many, *filter(None, [self.null_prompts()])]
         where, total = f"data {cfg.label}, {cfg.split}", f"{lengths.rows:,} rows"
-        why = "an agent writes its own" if partners.are_agents else "an environment's reset may add to them"
+        why = "agents write their own prompts" if partners.are_agents else "an environment's reset may lengthen them"
         added = f"; planned for {limit}, because {why}" if partners.resets else ""
         notes = [*chosen, f"{prompts}: at most {lengths.longest:,} tokens, measured over all {total}{added}"]
         if lengths.too_long:
@@ -68,7 +71,7 @@ class Feed:
         return notes
 
     def null_prompts(self) -> str | None:
-        """What there is to say of rows without a prompt; of streamed rows nobody knows."""
+        """A note on rows with a null prompt; None if there are none, or if the rows are streamed (not counted)."""
         if isinstance(self.rows, Streamed):
             return None
         cfg, count = self.renderer.cfg, rows_with_null(self.rows, self.renderer.columns)
@@ -80,9 +83,9 @@ class Feed:
 
 
 def first_of(feeds: Sequence[Feed], n: int, scorer: Scorer, partners: Partners) -> list[Task]:
-    """The first `n` tasks of all sources, one of each in turn.
+    """The first `n` tasks of all sources, one from each source in turn.
 
-    Raises UserError where a source has none, and for rewards and environments that cannot be called with its columns.
+    Raises UserError if a source has no tasks, and for rewards and environments that cannot be called with its columns.
     """
     first = [feed.first(n, feed.renderer.cfg.window) for feed in feeds]
     for feed, tasks in zip(feeds, first, strict=True):
@@ -92,7 +95,7 @@ def first_of(feeds: Sequence[Feed], n: int, scorer: Scorer, partners: Partners) 
 
 
 def lengths_of(feeds: Sequence[Feed], ranks: Ranks) -> list[Lengths | None]:
-    """How long the prompts of each source are: the same in all processes, or it is an error."""
+    """The prompt lengths of each source. They must be the same in all processes, or it is an error."""
     lengths = [feed.lengths() for feed in feeds]
     for feed, measured in zip(feeds, lengths, strict=True):
         ranks.check_same(f"the prompts of {feed.name}", measured)
@@ -100,10 +103,10 @@ def lengths_of(feeds: Sequence[Feed], ranks: Ranks) -> list[Lengths | None]:
 
 
 def longest_of(feeds: Sequence[Feed], lengths: Sequence[Lengths | None], partners: Partners) -> tuple[int, int]:
-    """Tokens of the longest prompt that is trained on, and how many of them may be a row's own: of agents, all.
+    """Tokens of the longest prompt to train on, and how many of them a completion may not share with its group.
 
-    The limit is taken where lengths are not known, or not to be relied on because environments' `reset` adds to
-    prompts, or agents write them.
+    The longest prompt counts as `max_prompt_length` if lengths are unknown, or if environments' `reset` may lengthen
+    prompts or agents write them. With agents, nothing is shared; with `reset`, the length of the shortest prompt is.
     """
     limits = [feed.renderer.cfg.max_prompt_length for feed in feeds]
     found = zip(limits, lengths, strict=True)

@@ -1,4 +1,4 @@
-"""A run's folder: made for a new run, and read back by the commands that take a run."""
+"""A run's folder: made for a new run, reopened for a resumed run, and read by the commands that take a run."""
 
 from __future__ import annotations
 
@@ -38,40 +38,41 @@ from grpo.runs.starting import (
 METRICS, EVALUATIONS, CHECKPOINTS = "metrics.jsonl", "eval.jsonl", "checkpoints"
 COMPLETIONS = "completions"
 NOT_FINITE = "not_finite"
-"""Where the batches of updates are that were skipped."""
+"""The folder for batches of updates that were skipped because they were not finite."""
 ENDED = ".ended"
-"""A word on how a run ended, written by itself: one that was killed has none."""
+"""The file in which a run writes how it ended, in one word. A run that was killed has no such file."""
 NOW = ".now"
-"""How far the phase is that the run is in, for those who follow it."""
+"""The file with the progress of the run's current phase, for commands that follow the run."""
 UNTRAINED = "untrained"
-"""That word where a run made all its steps and no update had a signal."""
+"""The word in `ENDED` if a run made all its steps and applied no update."""
 WORSE = "worse"
-"""That word where a run made all its steps and its last evaluation is far below its first."""
+"""The word in `ENDED` if a run made all its steps and made the model worse (`grpo.runs.health`)."""
 WRITTEN = (
     *(METRICS, EVALUATIONS, CHECKPOINTS, COMPLETIONS, NOT_FINITE, "tensorboard", "wandb", "report.html", ENDED),
     *(*COPIES, NOW, RECIPE),
 )
-"""What a run writes into its folder, and all that `--overwrite` deletes there.
+"""Everything that a run writes into its folder, and everything that `--overwrite` deletes.
 
-The order in which it is put aside, and in reverse brought back: with the recipe there, all of it is; with the metrics
-back, all of it is. So a process that is killed in between leaves no doubt about whose files are whose.
+Files are moved aside in this order and restored in reverse. The recipe moves last and the metrics are restored last, so
+after a kill in the middle of a move it is clear which run each file belongs to.
 """
 FAILED = "failed_step.parquet"
-"""The completions on which a reward broke, of a step or an evaluation, when that ended a run. The file outlives a run
-that ended in its first step, and is in the way of none: the next run in the folder deletes it."""
+"""The completions of a step or an evaluation in which a failing reward ended the run. The file stays even if the run
+ended in its first step. It does not block the folder: the next run there deletes it."""
 FORMER = ".former"
 LOCK = ".lock"
 HEADER = "# This run's recipe as it was resolved, written by grpo train.\n"
+BUSY = "{}: another process is training in this folder: stop it, or choose another output_dir"
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def run_folder(cfg: Recipe, overwrite: bool) -> Iterator[Path]:
-    """The folder of a new run, for a `with` block, with the resolved recipe in it.
+    """The folder of a new run, with the resolved recipe in it, for a `with` block.
 
-    With `overwrite` a former run there is put aside while the block runs. It is gone for good only if the new one has
-    its first step on record; a block that fails before that leaves everything as it was.
+    With `overwrite`, a former run in the folder is moved aside while the block runs. It is deleted when the block ends,
+    if the new run has recorded its first step; a block that fails earlier leaves the folder as it was.
     """
     folder = check_run_folder(cfg, overwrite)
     try:
@@ -92,10 +93,10 @@ def run_folder(cfg: Recipe, overwrite: bool) -> Iterator[Path]:
 
 
 def _begin(cfg: Recipe, folder: Path) -> None:
-    """Put a former run aside and write the new one's recipe, or leave everything as it was."""
+    """Move a former run aside and write the new run's recipe. On an error, leave the folder as it was."""
     former = folder / FORMER
     try:
-        copies = copy_adapters(cfg, folder)  # they may be of the run that is put aside
+        copies = copy_adapters(cfg, folder)  # before the move: they may belong to the run that is moved aside
         _move_run(folder, former)
         (folder / FAILED).unlink(missing_ok=True)
         (folder / RECIPE).write_text(recipe_text(cfg), encoding="utf-8")
@@ -112,10 +113,11 @@ def _begin(cfg: Recipe, folder: Path) -> None:
 
 @contextmanager
 def resumed_folder(cfg: Recipe, step: int, evaluated: int, first: int = 1) -> Iterator[Path]:
-    """The folder of a run that goes on after `step`, the last evaluation in it after step `evaluated` (-1: none).
+    """The folder of a run that resumes after `step`, for a `with` block. Its last evaluation came after step
+    `evaluated` (-1: none).
 
-    What the folder holds of later steps is dropped: they come again. Lines that were doubled or lost before are said:
-    the steps on record are `first` (of a branch: the one after which it began) to `step`, once each.
+    Deletes what the folder holds of later steps, which the run repeats. The folder must have records of the steps from
+    `first` (above 1 in a branch off another run) to `step`, once each: duplicates and gaps cause a warning.
     """
     assert cfg.output_dir is not None
     folder = Path(cfg.output_dir)
@@ -142,22 +144,25 @@ def _forget_after(folder: Path, steps: range, evaluated: int) -> None:
 
 
 def restore_folder(folder: Path, recipe: str, cfg: Recipe) -> None:
-    """Make a run's folder anew where it has vanished, so that what is written from now on is found."""
+    """Recreate a run's folder if it was deleted during the run, so that what is written from now on is found."""
     if not (folder / RECIPE).is_file():
-        log.warning("%s has vanished; it is made anew, without what was in it", folder)
+        log.warning("%s was deleted during the run; grpo recreates it, without its former contents", folder)
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(folder / RECIPE, recipe)
         keep_adapters(cfg, folder)
 
 
 def recipe_text(cfg: Recipe) -> str:
-    """What a run's `recipe.yaml` says."""
+    """The text of a run's `recipe.yaml`."""
     return HEADER + dump_recipe(named_as_kept(cfg))
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which ends with the process, whatever ends it. Raises UserError if another holds it."""
+    """Hold the folder's lock. The system releases it when the process ends, however it ends.
+
+    Raises UserError if another process holds the lock.
+    """
     path = folder / LOCK
     try:
         file = path.open("a")
@@ -167,7 +172,7 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{folder}: a run in this folder is going on; stop it first") from None
+            raise UserError(BUSY.format(folder)) from None
         try:
             yield
         finally:
@@ -178,7 +183,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def taken_over(folder: Path, seconds: float = 20.0) -> Iterator[None]:
     """Hold the lock of a run whose first process was lost, for a `with` block.
 
-    Raises RunError if that process still holds it after so many seconds: it is alive somewhere.
+    Raises RunError if that process still holds the lock after this many seconds: it is alive somewhere.
     """
     until = time.monotonic() + seconds
     with (folder / LOCK).open("a") as file:
@@ -188,7 +193,10 @@ def taken_over(folder: Path, seconds: float = 20.0) -> Iterator[None]:
                 break
             except OSError:
                 if time.monotonic() > until:
-                    raise RunError(f"{folder}: process 0 still holds it, and is left to save the last step") from None
+                    raise RunError(
+                        f"{folder}: process 0 is still alive and holds the folder's lock, so this process leaves it to "
+                        "process 0 to save the last step"
+                    ) from None
                 time.sleep(0.1)
         try:
             yield
@@ -197,7 +205,7 @@ def taken_over(folder: Path, seconds: float = 20.0) -> Iterator[None]:
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a process is training there now. (Its own run is not seen by a process.)"""
+    """Whether another process is training in the folder. (A process does not see its own lock.)"""
     try:
         file = (folder / LOCK).open("r+")
     except OSError:
@@ -211,18 +219,18 @@ def is_running(folder: Path) -> bool:
 
 
 def _settle(folder: Path) -> None:
-    """Of two runs in a folder, keep the newer if it has a step on record, or else bring back the former."""
+    """Of two runs in a folder, keep the newer if it has recorded a step, or else restore the former."""
     former = folder / FORMER
     if (folder / METRICS).exists():
         shutil.rmtree(former, ignore_errors=True)
         return
-    if not former.is_dir() or (former / RECIPE).exists():  # or else the former run was not aside in full yet
+    if not former.is_dir() or (former / RECIPE).exists():  # else only a part of the former run was moved aside
         _delete_run(folder)
     _move_run(former, folder)
 
 
 def _move_run(source: Path, target: Path) -> None:
-    """Move what a run wrote, and nothing else, from one folder to another."""
+    """Move the files that a run wrote, and no others, from one folder to another."""
     names = [name for name in WRITTEN if (source / name).exists()]
     if names:
         target.mkdir(exist_ok=True)
@@ -242,34 +250,35 @@ def _delete_run(folder: Path) -> None:
 
 
 def check_run_folder(cfg: Recipe, overwrite: bool, dry: bool = False) -> Path:
-    """Where the run will be. A `dry` run writes nothing, so a run that is there is in no danger.
+    """The folder of the run. A `dry` run writes nothing, so it may use the folder of another run.
 
-    Raises UserError if there is another, not to be replaced, or files that are no run's, or if it cannot be written.
+    Raises UserError if the folder holds another run that must not be overwritten, or files that no run wrote, or if it
+    is not writable.
     """
     assert cfg.output_dir is not None
     folder = Path(cfg.output_dir)
     if not dry:
         if is_running(folder):
-            raise UserError(f"{folder}: a run in this folder is going on; stop it first")
-        if (folder / FORMER).is_dir():  # a run that was to replace another was killed
+            raise UserError(BUSY.format(folder))
+        if (folder / FORMER).is_dir():  # a run that replaced another was killed
             _settle(folder)
         if is_run(folder) and not overwrite:
             raise UserError(
-                f"{folder} holds another run: go on with it (--resume), name another folder (output_dir=...) or "
-                "replace it (--overwrite)"
+                f"{folder} holds another run: resume it (--resume), name another folder (output_dir=...) or replace "
+                "the run (--overwrite)"
             )
     foreign = [name for name in WRITTEN if (folder / name).exists()]
     if foreign and not is_run(folder) and not (folder / FORMER).is_dir():
-        raise UserError(f"output_dir: {folder} has a {foreign[0]} that no run of ours wrote: name another folder")
+        raise UserError(f"output_dir: {folder} has a {foreign[0]} that no grpo run wrote: choose another folder")
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = "is not yours to write in" if there.is_dir() else "is a file"
+        why = "is not writable" if there.is_dir() else "is a file"
         raise UserError(f"output_dir: cannot write to {folder}: {there} {why}")
     return folder
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run's folder: a recipe with the header of the run's own copy, and not in one of its checkpoints."""
+    """Whether `folder` is a run's folder: it has a recipe with the header that grpo writes, and is not a checkpoint."""
     try:
         ours = (folder / RECIPE).read_text(encoding="utf-8").startswith(HEADER)
         return ours and not (folder / STATE).exists()
@@ -278,23 +287,23 @@ def is_run(folder: Path) -> bool:
 
 
 def check_is_run(folder: Path) -> None:
-    """Raise UserError for what is not a run's folder; the error says what it is, or which run was probably meant."""
+    """Raise UserError if `folder` is not a run's folder; the error says what it is, or which run was probably meant."""
     if is_run(folder):
         return
     above = next((path for path in (folder.parent, folder.parent.parent) if is_run(path)), None)
     if above is not None and folder.exists():
-        raise UserError(f"{folder}: not a run's folder, but a part of the run {above}: name the run")
+        raise UserError(f"{folder}: not a run's folder, but part of the run {above}: name the run")
     inside = sorted(path.name for path in folder.iterdir() if is_run(path)) if folder.is_dir() else []
     if inside:
         named = ", ".join(str(folder / name) for name in inside[:5])
-        raise UserError(f"{folder}: not a run's folder; it holds runs: name one of them, such as {named}")
+        raise UserError(f"{folder}: not a run's folder; it contains runs: name one of them, such as {named}")
     if folder.exists():
-        raise UserError(f"{folder}: not a run's folder: there is no recipe.yaml of a run in it")
+        raise UserError(f"{folder}: not a run's folder: it has no recipe.yaml of a run")
     raise UserError(f"{folder}: there is no such folder.{_similar_run(folder)}".removesuffix("."))
 
 
 def _similar_run(folder: Path) -> str:
-    """` Did you mean RUN?` with the run beside `folder`, or in `runs`, whose name is most similar."""
+    """` Did you mean RUN?` with the run next to `folder`, or in `runs`, whose name is most similar; "" for none."""
     places = [folder.parent, Path("runs")]
     runs = {path.name: path for place in places if place.is_dir() for path in place.iterdir() if is_run(path)}
     close = difflib.get_close_matches(folder.name, runs, n=1)
@@ -302,12 +311,12 @@ def _similar_run(folder: Path) -> str:
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """The newest whole checkpoint of a run; says which newer ones are damaged. Raises UserError where there is none."""
-    found, passed_over = newest_whole(folder / CHECKPOINTS)
-    for line in passed_over:
+    """The newest intact checkpoint of a run. Warns about newer damaged ones. Raises UserError if there is none."""
+    found, skipped = newest_whole(folder / CHECKPOINTS)
+    for line in skipped:
         log.warning("%s", line)
     if found is None:
-        why = "no checkpoint of this run is whole" if passed_over else "this run has no checkpoint yet"
+        why = "all checkpoints of this run are damaged" if skipped else "this run has no checkpoint yet"
         raise UserError(f"{folder}: {why}")
     return found
 
@@ -315,7 +324,7 @@ def newest_checkpoint(folder: Path) -> Path:
 def find_checkpoint(folder: Path, which: str) -> Path:
     """The checkpoint of a run that `which` names: `newest`, `best` or a step.
 
-    Raises UserError for one that is not there or not whole.
+    Raises UserError if it does not exist or is damaged.
     """
     if which == "newest":
         return newest_checkpoint(folder)
@@ -323,7 +332,7 @@ def find_checkpoint(folder: Path, which: str) -> Path:
     if which == "best":
         best = read_state(newest_checkpoint(folder))["best"]
         if best is None:
-            raise UserError(f"{folder}: no evaluation has said yet which checkpoint is the best")
+            raise UserError(f"{folder}: no evaluation has chosen a best checkpoint yet")
         found = checkpoint_path(there, best["step"])
     elif which.isdecimal():
         found = checkpoint_path(there, int(which))
@@ -331,7 +340,7 @@ def find_checkpoint(folder: Path, which: str) -> Path:
         raise UserError(f"checkpoint {which!r}: expected newest, best or a step")
     if found not in checkpoints(there):
         known = ", ".join(str(int(path.name[5:])) for path in checkpoints(there))
-        raise UserError(f"{folder}: no checkpoint of step {which}; there is {known or 'none'}")
+        raise UserError(f"{folder}: no checkpoint of step {which}; existing checkpoints: {known or 'none'}")
     if (wrong := damage(found)) is not None:
         raise UserError(f"{found}: {wrong}")
     return found

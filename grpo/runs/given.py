@@ -1,4 +1,4 @@
-"""What a run is handed as Python objects, in the place of what its recipe names by text."""
+"""Python objects that a run is given instead of what its recipe names by text."""
 
 from __future__ import annotations
 
@@ -26,42 +26,42 @@ MakeSource = Callable[[TaskStream], Source]
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """Functions by the recipe's `use` for them (`name_of`), and data by the recipe's section, `data` or `eval`."""
+    """Functions by their `use` in the recipe (`name_of`), and data by section of the recipe (`data` or `eval`)."""
 
     functions: dict[str, Function] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     source: MakeSource | None = None
-    """Makes the source of the run's tasks from the stream that the recipe's `data` section means."""
+    """Makes the source of the run's tasks from the stream that the recipe's `data` section describes."""
 
     def function(self, use: str, kind: str) -> Function:
-        """What `use` names. `kind` says in errors what it is for. Raises UserError, as `find_function` does."""
+        """The function that `use` names. Errors mention its `kind`. Raises UserError as `find_function` does."""
         return self.functions.get(use) or find_function(use, kind)
 
     def environment(self, use: str, kwargs: Mapping[str, Any]) -> Environment:
-        """The environment with a method `rollout` that `use` names. Raises UserError, as `find_environment` does."""
-        from grpo.environments.environment import find_environment  # which imports MLX, and `grpo.tasks` does not
+        """The environment with a method `rollout` that `use` names. Raises UserError as `find_environment` does."""
+        from grpo.environments.environment import find_environment  # imports MLX, which `grpo.tasks` must not do
 
         given: Any = self.functions.get(use)
         environment: Environment = find_environment(use, kwargs) if given is None else given
         return environment
 
     def rows(self, section: str, cfg: DataConfig) -> Rows | Streamed:
-        """The rows of a section: of the object that was given for it, or else what `cfg` names.
+        """The rows of a section: from the object given for it, or else from what `cfg` names.
 
-        Raises UserError, as `load_rows` does.
+        Raises UserError as `load_rows` does.
         """
         if section not in self.data:
             return open_stream(cfg) if cfg.streaming else load_rows(cfg)
         return prepared_rows(rows_from(self.data[section], f"{section}: the object given for it", cfg.split), cfg)
 
     def is_local(self, section: str, cfg: DataConfig) -> bool:
-        """Whether the rows are to be had without the Hub."""
+        """Whether the rows can be loaded without the Hub."""
         return section in self.data or is_local(cfg)
 
     def sources(self) -> dict[str, str]:
-        """A SHA-256 of each function's source, by its `use`; of what has none (it was typed in without a file) nothing.
+        """The SHA-256 of each function's source, by its `use`. Functions without a source file are left out.
 
-        Only the function's own lines are seen, not those that it calls.
+        Only the function's own lines are hashed, not the functions that it calls.
         """
         chosen = {} if self.source is None else {"source": self.source}
         read = {use: _source(function) for use, function in (self.functions | chosen).items()}
@@ -72,8 +72,8 @@ NOTHING = Given()
 
 
 def name_of(function: Callable[..., Any], taken: Iterable[str] = ()) -> str:
-    """What a recipe calls a function that was given: `module:function` where others find it there, or else
-    `__main__:name`, which only this session knows. Two functions of one name are told apart by a number."""
+    """The `use` in a recipe of a function that was given as an object: `module:function` if it can be imported from
+    there, or else `__main__:name`, which only this session knows. If the name is in `taken`, it gets a number."""
     name = getattr(function, "__qualname__", type(function).__qualname__)
     module = getattr(function, "__module__", None) or SESSION
     if module != SESSION and name.isidentifier() and _found(module, name) is function:
@@ -88,7 +88,7 @@ def name_of(function: Callable[..., Any], taken: Iterable[str] = ()) -> str:
 def _found(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name, None)
-    except Exception:  # a module that another process could not import, for whatever reason
+    except Exception:  # importing a module may raise anything; then other processes cannot import it either
         return None
 
 

@@ -1,4 +1,4 @@
-"""The loop around the steps: evaluations, logs and checkpoints between them, and an end that loses nothing."""
+"""The loop around the steps: evaluations, logs and checkpoints between steps, and an end without lost work."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended: its state, the checkpoint of it (none before the first step), and the signal that stopped it.
+    """How a run ended: its state, the state's checkpoint (None before the first step), and the signal that stopped it.
 
-    `untrained` says why a run that made all its steps has trained nothing, `worse` that it made the model worse.
-    `began` is the step that it went on after.
+    `untrained` is a message if the run made all its steps but trained nothing, `worse` a message if it made the model
+    worse. `began` is the step after which the run was resumed (0 for a new run).
     """
 
     state: RunState
@@ -54,11 +54,11 @@ class Outcome:
 
 
 class Loop:
-    """Takes a trainer from a state to the recipe's last step.
+    """Runs a trainer from a state to the recipe's last step.
 
-    `state` is always that of the last step that was finished, and what is saved when a later one fails or is stopped.
-    Its counts are here and its arrays in the trainer, which makes a step wholly or not at all: to hold arrays here
-    through the next step would keep whole weights in memory twice.
+    `state` is always the state after the last finished step; it is saved when a later step fails or is stopped. The
+    loop holds its counts and the trainer its arrays: the trainer completes a step or restores the arrays. A copy of the
+    arrays here would keep full weights in memory twice.
     """
 
     def __init__(
@@ -72,7 +72,8 @@ class Loop:
         checkpoint: Path | None = None,
         evaluate: Callable[[int], EvalMetrics] | None = None,
     ) -> None:
-        """`checkpoint` is where `start` was loaded from, if it was. `evaluate` measures the policy after a step."""
+        """`checkpoint` is the checkpoint that `start` was loaded from, if any. `evaluate` measures the policy after a
+        step, `tell` passes metrics to the loggers."""
         self.trainer, self.folder, self.context = trainer, folder, context
         self.evaluate = evaluate
         self.tell, self.stop = tell, stop
@@ -85,12 +86,13 @@ class Loop:
         trainer.before.hold = self._hold
 
     def run(self) -> Outcome:
-        """All steps that are left, until the last or until asked to stop.
+        """Run all remaining steps, or until a stop is requested.
 
-        However it ends, an error included, there is a checkpoint of the last step that was finished (if one was);
-        only an error in the middle of a step's updates of whole weights leaves the newest checkpoint as it is, and that
-        is said. Raises RunError where the checkpoint cannot be written, and LostRankError where another process was
-        lost: the first process that is left has saved the last step.
+        However the run ends, also by an error, the last finished step (if any) is saved in a checkpoint. There are two
+        exceptions, in which a message says what is lost: an error in the middle of a step's updates of full weights,
+        and an error while processes hold parts of the model. Raises RunError if the checkpoint cannot be written, and
+        LostRankError if another process was lost; the first remaining process has then saved the last step, unless
+        the lost process held a part of the model.
         """
         with self.ranks.keeps(self._last_resort):
             return self._run()
@@ -109,7 +111,7 @@ class Loop:
             saved = self._saved_after_loss()
             self._note_end("failed")
             raise LostRankError(f"{error}. {saved}", error.speaks) from None
-        except BaseException:  # of other people's code too: a logger may raise KeyboardInterrupt
+        except BaseException:  # other people's code may raise anything: a logger, KeyboardInterrupt
             self._save_after_error()
             self._note_end("failed")
             raise
@@ -118,7 +120,7 @@ class Loop:
         scorer = self.trainer.scorer
         untrained = trained_on_nothing(state, self.cfg.loss, scorer.weights, scorer.environments)
         untrained = self.ranks.everyone.gather(untrained)[0]  # a process that only samples has no count of updates
-        if self.stop.signal is not None:  # in this process alone, perhaps: after the last step nobody asks the others
+        if self.stop.signal is not None:  # perhaps only in this process: after the last step, ranks do not compare
             self._note_end("stopped")
             return Outcome(state, self._saved, self.stop.signal, began=self._began)
         worse = made_worse(state, self.cfg)
@@ -129,13 +131,12 @@ class Loop:
         step = self.state.step + 1
         with self._keeps_failed(step), self.trainer.wholly(), self._interrupts():
             metrics = self.trainer.step(step)
-        had = [metrics.values["reward"]] if "reward" in metrics.values else []
-        rewarded, rewards = self.state.rewarded or bool(had), (*self.state.rewards, *had)
+        means = [metrics.values["reward"]] if "reward" in metrics.values else []
+        rewarded, rewards = self.state.rewarded or bool(means), (*self.state.rewards, *means)
         start = self.state.start if step > 1 else lowest_mean(metrics.groups)
         self._move(replace(self.state, step=metrics.step, rewarded=rewarded, rewards=rewards, start=start))
-        metrics, past = after_step(
-            metrics, self.state.past, self._terms
-        )  # the weights are of this step, whatever fails
+        # after _move, because the weights are already those of this step, even if something here fails
+        metrics, past = after_step(metrics, self.state.past, self._terms)
         self.state = replace(self.state, past=past)
         self.tell(metrics)
         if self.ranks.first:
@@ -143,7 +144,7 @@ class Loop:
         self._warn(metrics)
 
     def _warn(self, record: StepMetrics | EvalMetrics) -> None:
-        """Say what goes wrong, in one of several processes."""
+        """Log the alarms of a record, in the first process only."""
         for alarm in record.alarms if self.ranks.first else ():
             log.warning("%s", alarm)
 
@@ -152,21 +153,21 @@ class Loop:
         self._is_saved = False
 
     def _whole_state(self) -> RunState:
-        """The state with its arrays, as the trainer has them now."""
+        """The state with the trainer's current arrays."""
         return replace(self.state, trainer=replace(self.state.trainer, arrays=self.trainer.arrays()))
 
     def _interrupts(self) -> AbstractContextManager[None]:
-        """A block that a stop may leave; of several processes none does so alone, or the others would wait for it."""
+        """A block that a stop request may leave. Several processes leave it together, or the others would wait."""
         everyone = self.ranks.everyone
         if everyone.size == 1:
             return self.stop.interrupts()
-        if asked := [number for number in everyone.gather(self.stop.signal) if number is not None]:
-            self.stop.signal = asked[0]  # whichever was asked, the run was stopped
+        if signals := [number for number in everyone.gather(self.stop.signal) if number is not None]:
+            self.stop.signal = signals[0]  # a signal to any process stops the whole run
             raise Stopped
         return self.ranks.interrupts()
 
     def _hold(self) -> None:
-        """From here on a step is to be finished."""
+        """From here on, a stop waits until the step is finished."""
         self.stop.hold()
         self.ranks.hold()
 
@@ -187,21 +188,21 @@ class Loop:
             self._save()
 
     def _due(self, step: int) -> bool:
-        """Whether an evaluation belongs after this step and was not made before a stop."""
+        """Whether an evaluation is due after this step and was not already made before the run was stopped."""
         assert self.cfg.eval is not None
         made = self.state.after is not None and self.state.after.step == step
         return not made and (step % self.cfg.eval.every == 0 or step == self.cfg.optim.steps)
 
     def _save(self) -> None:
-        """Write a checkpoint; where that fails, say so and go on: the one before is whole."""
+        """Write a checkpoint. If that fails, warn and continue: the checkpoint before it is intact."""
         try:
             self._write()
         except OSError as error:
             if self.ranks.first:
-                log.warning("%s. Training goes on; the next checkpoint may succeed.", self._unsaved(error))
+                log.warning("%s. Training continues; the next checkpoint may succeed.", self._unsaved(error))
 
     def _store(self, metrics: StepMetrics) -> None:
-        """Keep the step's completions, if there is room for them."""
+        """Store the step's completions. If that fails, warn and continue."""
         cfg, folder = self.cfg, self.folder / COMPLETIONS
         try:
             setting, learnt = cfg.log.completions, cfg.rollout.prompts_per_step
@@ -220,21 +221,25 @@ class Loop:
             log.warning("the completions of step %d could not be stored: %s", metrics.step, why)
 
     def _note_end(self, word: str) -> None:
-        """Leave a word on how the run ended, for `grpo runs`."""
+        """Write how the run ended, in one word, for `grpo runs`."""
         if self.ranks.keeper:
-            with suppress(OSError):  # the folder may be what is gone
+            with suppress(OSError):  # the folder itself may be gone
                 (self.folder / ENDED).write_text(f"{word}\n", encoding="utf-8")
 
     @contextmanager
     def _keeps_failed(self, step: int) -> Iterator[None]:
-        """A block that keeps the completions on which a reward broke, before that ends the run. Raises RunError."""
+        """A block that stores the completions on which a reward broke, before the error ends the run.
+
+        Raises RunError.
+        """
         try:
             yield
         except BrokenRewardError as error:
             raise RunError(f"{error}{self._store_failed(error, step)}") from error
 
     def _store_failed(self, error: BrokenRewardError, step: int) -> str:
-        """Keep the completions that a reward failed on, unless none are to be stored. Returns where they are."""
+        """Store the completions that a reward failed on, unless `log.completions` is off. Returns a text that says
+        where they are."""
         if self.cfg.log.completions is None or not self.trainer.keeps_records:
             return ""
         try:
@@ -248,22 +253,22 @@ class Loop:
             self._write()
         except OSError as error:
             self._note_end("failed")
-            raise RunError(f"{self._unsaved(error)}. Make room there and go on with --resume.") from error
+            raise RunError(f"{self._unsaved(error)}. Make room there and continue with --resume.") from error
 
     def _save_after_error(self) -> None:
-        """Save what is finished, unless other processes have parts of it: they may be elsewhere, and never answer."""
+        """Save the last finished step, unless other processes hold parts of it: after an error they may not answer."""
         if not self.trainer.divided:
             self._save_last()
         elif not self._is_saved and self.state.step > 0 and self.ranks.first:
             log.warning(
-                "Step %d is not saved: other processes have parts of the model, and after an error nobody knows "
-                "whether they answer; %s. A smaller checkpoint.every loses fewer steps.",
+                "Step %d is not saved: other processes hold parts of the model, and after an error they may not "
+                "answer; %s. A smaller checkpoint.every loses fewer steps.",
                 self.state.step,
                 self._newest(),
             )
 
     def _write(self) -> None:
-        """Save the state, in the first process, or in the first that is left after a loss."""
+        """Save the state, in the first process, or in the first remaining process after a loss."""
         with self._writing:
             trainer = self.trainer
             writes = self.ranks.keeper or trainer.divided
@@ -272,14 +277,15 @@ class Loop:
             if self.trainer.before.halfway:
                 log.warning("%s", self._lost())
                 return
-            state = self._whole_state()  # of a divided model all processes have parts
+            state = self._whole_state()  # in all processes: each holds parts of a divided model
             error: OSError | None = None
             try:
                 if self.ranks.keeper:
                     self._write_here(state)
             except OSError as raised:
                 error = raised
-            if trainer.divided:  # all of them try again, or none
+            state.trainer.finish()
+            if trainer.divided:  # all processes must agree on whether to save again
                 error = self.ranks.everyone.gather(error)[0]
             if error is not None:
                 raise error
@@ -289,12 +295,12 @@ class Loop:
         there = self.folder / CHECKPOINTS
         with nullcontext() if self.ranks.first else taken_over(self.folder):
             if not self.ranks.first and newest_whole(there)[0] == checkpoint_path(there, state.step):
-                return  # the first process has saved it before it was lost
+                return  # the first process saved it before it was lost
             restore_folder(self.folder, self.context.recipe, self.cfg)
             self._saved = save_checkpoint(there, state, self.context, self.cfg.checkpoint.keep)
 
     def _last_resort(self) -> None:
-        """Save the last finished step while the main thread is stuck in the next one: this process ends after that."""
+        """Save the last finished step while the main thread is stuck in the next one. Afterwards this process exits."""
         if self.trainer.divided:
             return
         self.trainer.before.put_back(self.trainer.update.optimizer)
@@ -307,39 +313,39 @@ class Loop:
 
     def _newest(self) -> str:
         newest, _ = newest_whole(self.folder / CHECKPOINTS)
-        return f"the newest whole checkpoint is {newest}" if newest else "there is no whole checkpoint yet"
+        return f"the newest intact checkpoint is {newest}" if newest else "there is no intact checkpoint yet"
 
     def _saved_after_loss(self) -> str:
-        """Save the last step where another process was lost. Returns what is said of that."""
+        """Save the last step after another process was lost. Returns a message about it."""
         try:
-            if not self.trainer.divided:  # or a part of the state was with the others
+            if not self.trainer.divided:  # else the lost process held a part of the state
                 self._save_last()
         except RunError as error:
             return str(error)
         newest, _ = newest_whole(self.folder / CHECKPOINTS)
         if newest is None:
-            return "No step is saved: begin again, with --resume or --overwrite"
-        return f"Saved is {newest}: --resume goes on after it, with fewer or more processes too"
+            return "No step is saved: start again with --resume or --overwrite"
+        return f"The run is saved in {newest}: continue with --resume, with any number of processes"
 
     def _lost(self) -> str:
-        """What is said where a step ended in the middle of its updates and the weights before it are gone."""
+        """The message for a step that failed in the middle of its updates, when the weights before it are gone."""
         newest, _ = newest_whole(self.folder / CHECKPOINTS)
         rest = (
-            f"the newest whole checkpoint is {newest}. What came after it is lost, and --resume makes those steps again"
+            f"the newest intact checkpoint is {newest}. Later steps are lost, and --resume repeats them"
             if newest
-            else "there is no whole checkpoint yet, so all steps of this run are lost"
+            else "there is no intact checkpoint yet, so all steps of this run are lost"
         )
         return (
             f"Step {self.state.step} could not be saved: step {self.state.step + 1} failed in the middle of its update "
-            f"of the weights, and a run of adapter.type: full holds them only once; {rest}. A smaller checkpoint.every "
-            "loses fewer."
+            "of the weights, and a run with adapter.type: full holds only one copy of them; "
+            f"{rest}. A smaller checkpoint.every loses fewer steps."
         )
 
 
 def better(best: Best | None, metrics: EvalMetrics, name: str) -> Best | None:
-    """The better of the best so far and a new evaluation by the metric `name`; of equals the earlier.
+    """The better of the best evaluation so far and a new one, by the metric `name`. A tie keeps the earlier one.
 
-    An evaluation in which nothing could be scored by that metric is not the better one.
+    An evaluation without a value of the metric never becomes the best.
     """
     value = metrics.values.get(name)
     if value is None or (best is not None and best.value >= value):

@@ -1,4 +1,4 @@
-"""Whom the model talks to in a run: hosts of environments and tools, or an environment that samples by itself."""
+"""The model's conversation partners in a run: hosts of environments and tools, or an environment with `rollout`."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
     from grpo.model.mlxlm import TokenizerWrapper
 
 IN_PROCESSES = {"workers", "sandbox", "env", "memory_gb"}
-"""Settings of the processes in which environments live, unless they were given from Python as objects."""
+"""Settings of the worker processes of environments. Objects given from Python live in the trainer's process instead."""
 ANSWERING = ("messages", "text")
-"""The kinds of environments that answer as the user does."""
+"""The kinds of environments that reply in the role of the user."""
 
 
 @dataclass(frozen=True, slots=True)
 class Partners:
-    """All that answer the model, described: no template and no model is needed for that.
+    """All conversation partners of the model. They can describe themselves before a model or template is loaded.
 
-    hosts   the host of each environment with the recipe's terms, by the value of the column `environment`; the only
-            one goes by the empty name. Empty if a completion is a single answer.
-    own     an environment with a method `rollout`, in the place of hosts
-    opened  what else is closed with them: the endpoint of agents
+    hosts   the host of each environment and its section of the recipe, by the value of the column `environment`; a
+            single environment has the empty name. Empty if a completion is a single answer.
+    own     an environment with a method `rollout`, instead of hosts
+    opened  closes what else belongs to the partners: the endpoint of agents
     """
 
     hosts: Mapping[str, tuple[Host, EnvironmentConfig]] = field(default_factory=dict)
@@ -49,18 +49,18 @@ class Partners:
 
     @property
     def are_agents(self) -> bool:
-        """Whether they ask the model, in the place of being asked."""
+        """Whether they are agents: programs that call the model, instead of being called."""
         return any(config.is_agent for _, config in self.hosts.values())
 
     @property
     def tools(self) -> Tools:
-        """The tools that prompts show."""
+        """The tools to show in prompts: for a single environment a list, for several a list by environment name."""
         tools = {name: host.description.tools for name, (host, _) in self.hosts.items()}
         return tools.get("", tools) if len(tools) < 2 else tools
 
     @property
     def resets(self) -> bool:
-        """Whether prompts may become longer than the data says, by what `reset` adds, or because agents write them."""
+        """Whether prompts may be longer than those in the data, because `reset` adds to them or agents write them."""
         return any(host.description.resets for host, _ in self.hosts.values())
 
     def environment(
@@ -73,91 +73,91 @@ class Partners:
         keeps_seats: bool = False,
         model: str = "policy",
     ) -> tuple[Environment | None, list[str]]:
-        """What makes trajectories (None: single answers), and notes for the plan on how conversations are written.
+        """The environment that makes trajectories (None: single answers), and notes for the plan on its conversations.
 
-        `task` is one of those that `renderer` makes, to see whether they are texts or messages; agents may ask for the
-        model by the name `model`. Raises UserError for a chat template that cannot hold such conversations.
+        `task` is any task of `renderer`; it shows whether prompts are texts or messages. Agents may request the model
+        by the name `model`. Raises UserError if the chat template cannot render these conversations.
         """
         if not self.hosts:
             return self.own, []
         if self.are_agents:
-            said = [described(host.description) for host, _ in self.hosts.values()]
-            return agents_of(self.hosts, tokenizer, renderer, rollout, seed, model, self.opened), [*said, NOTE]
+            agents = [described(host.description) for host, _ in self.hosts.values()]
+            return agents_of(self.hosts, tokenizer, renderer, rollout, seed, model, self.opened), [*agents, NOTE]
         templated = renderer.wraps_text or not isinstance(task.prompt, str)
         tables, notes = {}, []
         for name, (host, config) in self.hosts.items():
-            told = host.description
+            description = host.description
             chat = Chat.of(
                 tokenizer,
-                told.tools,
+                description.tools,
                 renderer.cfg.chat_template_kwargs,
-                answers=told.kind in ANSWERING,
+                answers=description.kind in ANSWERING,
                 templated=templated,
                 stop_ids=rollout.stop_token_ids,
             )
             anew = _anew(place_of(name), chat) if config.thinking == "drop" else None
             tables[name] = Table(host, chat, limits_of(config), keeps_seats, anew)
-            said = [DROPS if anew and note.startswith(KEEPS) else note for note in chat.notes]
-            notes += [described(told), *said]
+            of_chat = [DROPS if anew and note.startswith(KEEPS) else note for note in chat.notes]
+            notes += [described(description), *of_chat]
         cfg = renderer.cfg
         return Conversations(tables, seed, cfg.max_prompt_length, cfg.system), list(dict.fromkeys(notes))
 
     def check(self, section: str, tasks: Sequence[Task]) -> None:
-        """Raise UserError if environments could not begin with the columns of a section's rows."""
+        """Raise UserError if an environment cannot start with the columns of a section's rows."""
         for task in tasks if self.hosts else ():
             name = "" if "" in self.hosts else task.columns.get(SELECTED_BY)
             if name not in self.hosts:
                 raise UserError(
-                    f"environments: row {task.index} of {section} has {name!r} in the column {SELECTED_BY!r}, and "
-                    f"there is {', '.join(self.hosts)}"
+                    f"environments: row {task.index} of {section} has {name!r} in the column {SELECTED_BY!r}, but the "
+                    f"recipe's environments are {', '.join(self.hosts)}"
                 )
         for name, (host, _) in self.hosts.items():
-            of_it = next((task for task in tasks if name in ("", task.columns.get(SELECTED_BY))), None)
-            if of_it is not None and (problem := host.problem(_columns(of_it))) is not None:
+            first = next((task for task in tasks if name in ("", task.columns.get(SELECTED_BY))), None)
+            if first is not None and (problem := host.problem(_columns(first))) is not None:
                 noun = "agent" if host.description.kind == "agent" else "environment"
                 owner = "" if problem.startswith("tools.") else f"{noun} {host.description.name!r}: "
-                # what an agent takes is first found out with the rows to train on, and is no fault of theirs
+                # training rows are checked first, so wrong parameters of an agent appear there: do not blame the rows
                 where = "" if noun == "agent" and section == "data" else f"{section}: "
                 raise UserError(f"{where}{owner}{problem}")
 
     def check_beginnings(self, talks: Conversations, tasks: Sequence[Task]) -> None:
-        """Let each environment that has `reset` begin once, with the first of its rows among `tasks`.
+        """Start each environment that has `reset` once, with its first row among `tasks`.
 
-        Raises UserError where it cannot, and where a row without the column `prompt` gets none from it either.
+        Raises UserError if that fails, or if a row without the column `prompt` gets no prompt from `reset` either.
         """
         for name, (host, config) in self.hosts.items():
-            told = host.description
+            description = host.description
             task = next((task for task in tasks if name in ("", task.columns.get(SELECTED_BY))), None)
-            if task is None or not told.resets:
+            if task is None or not description.resets:
                 continue
-            which = f"environment {told.name!r}" + (f" ({config.use})" if config.use else "")
+            which = f"environment {description.name!r}" + (f" ({config.use})" if config.use else "")
             try:
                 added = talks.begin_once(task)
             except UserError as error:
-                said = str(error)
-                if said.startswith("tools."):  # of a tool's own reset
-                    raise UserError(f"{said}, with row {task.index} of {task.source}") from error
-                raise UserError(f"{which}: it cannot begin with row {task.index} of {task.source}: {said}") from error
+                message = str(error)
+                if message.startswith("tools."):  # an error of a tool's own reset
+                    raise UserError(f"{message}, with row {task.index} of {task.source}") from error
+                raise UserError(f"{which}: reset failed for row {task.index} of {task.source}: {message}") from error
             if not last_text(task.prompt).strip() and "prompt" not in task.columns and _is_empty(added):
                 raise UserError(
-                    f"data.prompt: the rows have no column 'prompt' (there is {', '.join(task.columns)}), and the "
-                    f"reset of {which} returns nothing in its place, so the model would be asked nothing. Name the "
-                    'column that holds the prompt, or a text with columns such as data.prompt: "{question}"; or let '
-                    "reset return the prompt"
+                    f"data.prompt: the rows have no column 'prompt' (they have {', '.join(task.columns)}), and the "
+                    f"reset of {which} returns no prompt either. Name the column that holds the prompt, or a text with "
+                    'columns such as data.prompt: "{question}"; or let reset return the prompt'
                 )
 
     def close(self) -> None:
-        """End the processes in which they live, and what else was opened for them."""
+        """End the partners' processes and close what else belongs to them."""
         self.opened.close()
         for host, _ in self.hosts.values():
             host.close()
 
 
 def with_sources(talks: Conversations, readers: Mapping[str, PromptRenderer], system: str | None) -> None:
-    """Have conversations begin as the prompts of each source do: with the `system` message that all texts have (None
-    where that differs: then such prompts are messages), and with prompts as long as the source allows.
+    """Start conversations as the prompts of each source start: with its limit on prompt length, and with `system`.
 
-    Raises UserError where sources differ in how the chat template is used: all conversations are written in one way.
+    `system` is the system message before all text prompts. It is None if sources differ in it: then prompts with a
+    system message are messages. Raises UserError if sources use the chat template differently, because all
+    conversations are rendered in the same way.
     """
     talks.system = system
     talks.limits = {name: reader.cfg.max_prompt_length for name, reader in readers.items()}
@@ -169,8 +169,8 @@ def with_sources(talks: Conversations, readers: Mapping[str, PromptRenderer], sy
         }
         if differ := [setting for setting, alike in same.items() if not alike]:
             raise UserError(
-                f"data.sources: {first!r} and {name!r} differ in {differ[0]}, and all conversations with environments "
-                f"are written in one way: set it once, as data.{differ[0]}"
+                f"data.sources: {first!r} and {name!r} differ in {differ[0]}, but all conversations with environments "
+                f"are rendered in the same way: set it once, as data.{differ[0]}"
             )
 
 
@@ -181,11 +181,11 @@ def invite(
     groups: int,
     rewards: Sequence[Path] = (),
 ) -> Partners:
-    """Start the hosts that a recipe names, and wait until they have said what they are.
+    """Start the hosts that a recipe names, and wait for their descriptions.
 
-    `groups` are sampled at once. `rewards` are files of rewards, which may be loaded into the processes. Raises
-    UserError for environments and tools that cannot be had, and for settings that do nothing with them; nothing is
-    left running then.
+    `groups` is the number of groups sampled simultaneously. `rewards` are files of rewards, which the processes may
+    load. Raises UserError for environments and tools that cannot be loaded, and for settings without effect on them;
+    no process is left running then.
     """
     for name, config in conversations.items():
         if config.use is not None and hasattr(given.functions.get(config.use), "rollout"):
@@ -201,12 +201,12 @@ def invite(
             made = given.functions.get(config.use or config.agent or "")
             if (made or any(objects)) and (idle := sorted(config.changed & IN_PROCESSES)):
                 raise UserError(
-                    f"{place_of(name)}.{idle[0]} does nothing for objects: they live in the trainer's process"
+                    f"{place_of(name)}.{idle[0]} does nothing for Python objects: they live in the trainer's process"
                 )
             host: Host = make_host(config, tools, bool(name), workers, made, objects, rewards)
             stack.callback(host.close)
             hosts[name] = host, config
-        for name, (host, config) in hosts.items():  # they start side by side
+        for name, (host, config) in hosts.items():  # a second loop, so that the hosts start in parallel
             if host.description.kind == "rollout":
                 return _alone(name, config, conversations, tools, given)
             _check_terms(place_of(name), config, host.description)
@@ -218,10 +218,10 @@ MOST_WORKERS = 8
 
 
 def workers_for(groups: int) -> int:
-    """Processes of a host where the recipe does not say how many, for so many groups at once: one for each.
+    """The default number of a host's processes: one for each of the `groups` sampled simultaneously.
 
-    No more than `MOST_WORKERS`, or than there are cores: a process that dies takes its conversations along, and costs
-    some 50 MB.
+    At most `MOST_WORKERS` or the number of cores, whichever is larger. More processes lose fewer conversations when one
+    dies, but each costs about 50 MB.
     """
     return max(1, min(max(os.cpu_count() or 1, MOST_WORKERS), groups))
 
@@ -233,54 +233,58 @@ def _alone(
     tools: Sequence[ToolConfig],
     given: Given,
 ) -> Partners:
-    """The environment that makes trajectories by itself, in this process. Raises UserError for what it does not do."""
-    place, why = place_of(name), "its class makes trajectories by itself (it has a method rollout)"
+    """The environment that itself makes trajectories, in this process. Raises UserError for settings it ignores."""
+    place, why = place_of(name), "its class makes trajectories itself (it has a method rollout)"
     if len(conversations) > 1:
-        raise UserError(f"{place}: {why}, and then it is the only environment of a run")
+        raise UserError(f"{place}: {why}, so it must be the only environment of the run")
     if tools:
-        raise UserError(f"tools do nothing beside {place}.use: {why}")
+        raise UserError(f"tools do nothing with {place}.use: {why}")
     if idle := sorted(config.changed - {"use", "kwargs"}):
         raise UserError(f"{place}.{idle[0]} does nothing: {why}, in the trainer's process")
     assert config.use is not None
     return Partners(own=given.environment(config.use, config.kwargs))
 
 
-def _check_terms(place: str, config: EnvironmentConfig, told: Description) -> None:
-    """Raise UserError for settings that do nothing with such an environment; with agents the schema knows them."""
+def _check_terms(place: str, config: EnvironmentConfig, description: Description) -> None:
+    """Raise UserError for settings without effect on this kind of environment. (The schema checks those of agents.)"""
     if config.is_agent:
         return
-    if told.kind not in ANSWERING and config.thinking != "keep":
-        why = "does not answer as the user, and results of tools leave earlier thinking where it is"
-        raise UserError(f"{place}.thinking: {config.thinking} does nothing: {told.name} {why}")
+    if description.kind not in ANSWERING and config.thinking != "keep":
+        why = "does not reply as the user, and tool results leave earlier thinking in place"
+        raise UserError(f"{place}.thinking: {config.thinking} does nothing: {description.name} {why}")
     idle: Collection[str] = ()
-    if not told.tools:
-        idle = {"max_tool_calls"} if told.kind in ANSWERING else {"max_tool_calls", "max_turns"}
-        nothing = "nothing to call" if told.kind in ANSWERING else "nothing to call, and does not answer"
+    if not description.tools:
+        idle = {"max_tool_calls"} if description.kind in ANSWERING else {"max_tool_calls", "max_turns"}
+        why = "offers no tools" if description.kind in ANSWERING else "offers no tools and does not reply"
     if found := sorted(config.changed & set(idle)):
-        raise UserError(f"{place}.{found[0]} does nothing: {told.name} has {nothing}")
+        raise UserError(f"{place}.{found[0]} does nothing: {description.name} {why}")
 
 
 def _anew(place: str, chat: Chat) -> Anew:
-    """How conversations go on in new rows. Raises UserError where the chat template makes none."""
+    """How conversations continue in new rows. Raises UserError if the chat template never drops thinking."""
     try:
         return chat.anew
     except UserError as error:
         raise UserError(f"{place}.thinking: {error}. Leave it at keep") from error
 
 
-def described(told: Description) -> str:
-    if told.kind == "agent":
-        return f"environment {told.name}: an agent; it asks the model itself, and returns the reward"
-    names = ", ".join(tool["function"]["name"] for tool in told.tools)
-    parts = [f"the model calls {names}" if names else "", "it answers the model" if told.kind in ANSWERING else ""]
-    rewards = "it rewards a conversation at its end (get_reward)" if told.rewards else ""
+def described(description: Description) -> str:
+    """A note for the plan: what the model can do in an environment."""
+    if description.kind == "agent":
+        return f"environment {description.name}: an agent; it calls the model itself and returns the reward"
+    names = ", ".join(tool["function"]["name"] for tool in description.tools)
+    parts = [
+        f"the model calls {names}" if names else "",
+        "it replies to the model" if description.kind in ANSWERING else "",
+    ]
+    rewards = "it rewards a conversation at its end (get_reward)" if description.rewards else ""
     withheld = (
-        f"{', '.join(told.withheld)} {'is' if len(told.withheld) == 1 else 'are'} not offered to the model beside "
-        "step(text): step(message) offers tools, too"
-        if told.withheld
+        f"{', '.join(description.withheld)} {'is' if len(description.withheld) == 1 else 'are'} not offered to the "
+        "model, because the environment has step(text): step(message) offers tools too"
+        if description.withheld
         else ""
     )
-    return f"environment {told.name}: {'; '.join(filter(None, [*parts, rewards, withheld])) or 'a single turn'}"
+    return f"environment {description.name}: {'; '.join(filter(None, [*parts, rewards, withheld])) or 'a single turn'}"
 
 
 def _is_empty(added: Content | None) -> bool:
@@ -288,7 +292,7 @@ def _is_empty(added: Content | None) -> bool:
 
 
 def place_of(name: str) -> str:
-    """The section of an environment, by its name."""
+    """The recipe section of the environment with this name."""
     return f"environments.{name}" if name else "environment"
 
 

@@ -1,4 +1,4 @@
-"""From a recipe to everything that a run needs, checked in the order in which mistakes are cheapest to find."""
+"""Turns a recipe into everything that a run needs, and checks it in the order that finds mistakes most cheaply."""
 
 from __future__ import annotations
 
@@ -58,15 +58,15 @@ from grpo.training.trainer import Trainer
 from grpo.types import Task
 
 PEEK = 64
-"""Prompts from the start of the data that the check of decoding against training is made on."""
+"""Number of prompts from the start of the data that are available to check decoding against training."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A run that may start: its trainer, evaluator (None without `eval`), plan, planner, first tasks, notes, and data.
+    """A run that is ready to start: trainer, evaluator (None without `eval`), plan, planner, first tasks, notes, data.
 
-    `rows` are those of each source of tasks and of `eval`, as far as there are any, by name (`data_of`). `opened` ends
-    the processes of rewards and environments when it is closed.
+    `rows` are the rows of each source of tasks, and of `eval` if there is that section, by name (`data_of`). Closing
+    `opened` ends the processes of rewards and environments.
     """
 
     trainer: Trainer
@@ -80,12 +80,12 @@ class Prepared:
 
 
 def prepare(cfg: Recipe, given: Given = NOTHING, trains: bool = True, alone: bool = False) -> Prepared:
-    """Resolve rewards, data and model, and make them into a trainer. Writes nothing.
+    """Load rewards, data and model, and make a trainer from them. Writes nothing.
 
-    What is `given` takes the place of what the recipe names. Without `trains` the run is only measured: no teacher is
-    loaded, and the trainer cannot make steps. `alone`: this process samples and trains what several do (`ranks`).
+    Objects that are `given` replace what the recipe names. Without `trains` the run is only evaluated: no teacher is
+    loaded, and the trainer cannot make steps. `alone`: this process does the work of all `ranks` of the recipe.
 
-    Raises UserError for whatever the recipe names that is not there or does not fit.
+    Raises UserError for anything in the recipe that does not exist or does not fit.
     """
     setup()
     ranks = Ranks.launched()
@@ -95,13 +95,16 @@ def prepare(cfg: Recipe, given: Given = NOTHING, trains: bool = True, alone: boo
     elif cfg.model.shard == "fsdp":
         ranks.spread = ranks.divided(cfg.model.shard_size)
     roles = roles_of(cfg.ranks if trains else None, ranks, alone)
-    waited = PATIENCE if roles else 0.0  # for whole rollouts, or updates
+    waited = PATIENCE if roles else 0.0  # time for a whole rollout phase or update of another process
     ranks.expect(waited + max((one.most_seconds for one in cfg.conversations.values()), default=0.0))
     sampling = roles.samplers if roles else ranks.size
     if cfg.rollout.prompts_per_step < sampling:
-        raise UserError(f"rollout.prompts_per_step: {cfg.rollout.prompts_per_step} for {sampling} processes: too few")
-    make_optimizer(cfg.optim)  # refuses arguments that it does not have
-    vault_of(cfg.optim.offload_activations)  # refuses machines where it has no use
+        raise UserError(
+            f"rollout.prompts_per_step: {cfg.rollout.prompts_per_step} is too few for {sampling} processes: "
+            "each samples at least one prompt"
+        )
+    make_optimizer(cfg.optim)  # raises for arguments that the optimizer does not have
+    vault_of(cfg.optim.offload_activations)  # raises on machines where offloading has no use
     with ExitStack() as opened:
         files = [Path(file) for reward in cfg.rewards if (file := file_in(reward.use))]
         groups = -(-cfg.rollout.prompts_per_step // sampling)
@@ -122,7 +125,7 @@ def prepare(cfg: Recipe, given: Given = NOTHING, trains: bool = True, alone: boo
 def _prepared(
     cfg: Recipe, given: Given, ranks: Ranks, roles: Roles | None, partners: Partners, scorer: Scorer, trains: bool
 ) -> Prepared:
-    """The rest of `prepare`. Whoever calls it has opened what the result is to close."""
+    """The rest of `prepare`. The caller sets `opened` of the result."""
     custom_loss = given.function(cfg.loss.use, "loss") if cfg.loss.use else None
     named = data_of(cfg)
     local = {name: given.rows(name, data) for name, data in named.items() if given.is_local(name, data)}
@@ -181,29 +184,29 @@ def _prepared(
 
 
 def _of_filters(cfg: Recipe, engine: RolloutEngine) -> list[str]:
-    """What there is to say of sampling that leaves tokens out."""
+    """The note on sampling filters, if the recipe has any."""
     return [filter_note(cfg.loss)] if engine.sampling.reshaped else []
 
 
 def _needs(teacher: Teacher | None, model: nn.Module) -> TeacherNeeds:
-    """What a teacher takes of this machine's memory."""
+    """The memory that a teacher needs on this machine."""
     if teacher is None:
         return NONE
     return TeacherNeeds.of(teacher.cfg, model, teacher.model, on_gpu(), cuda.available())
 
 
 def _readable(optim: OptimConfig, teacher: Teacher | None) -> OptimConfig:
-    """The section without completions behind one another where a teacher cannot read them so: in rows, a batch that is
-    made for lines would be many times as large."""
+    """The section without packed completions if the teacher cannot read packed lines: a batch that is planned for
+    packed lines would be many times larger in rows."""
     if not (on_gpu() and optim.pack_completions) or teacher is None or teacher.packs:
         return optim
     return with_settings(optim, {"pack_completions": False})
 
 
 def _policy(cfg: Recipe, model: nn.Module, ranks: Ranks) -> Policy:
-    """The policy over a model, which gets its adapter.
+    """The policy of a model; adds the adapter to the model.
 
-    Raises UserError for a divided model whose gradients do not come out alike.
+    Raises UserError for a divided model whose gradients differ between processes.
     """
     adapters = Adapters(model, cfg.adapter, derive_key(cfg.seed, "adapter"), cfg.needs_reference, ranks.shard)
     check_divided(model, ranks.shard)
@@ -215,9 +218,9 @@ def _policy(cfg: Recipe, model: nn.Module, ranks: Ranks) -> Policy:
 
 
 def _graders(scorer: Scorer, policy: Policy, tokenizer: TokenizerWrapper) -> Graders:
-    """The models among the rewards, as the plan knows them. Judges grade by the model as it is now.
+    """The models among the rewards, for the plan. Binds judges to the policy.
 
-    Raises UserError for labels that the tokenizer does not tell apart.
+    Raises UserError for a judge's labels that the tokenizer does not distinguish.
     """
     for judge in scorer.judges:
         judge.bind(policy, tokenizer)
@@ -226,23 +229,23 @@ def _graders(scorer: Scorer, policy: Policy, tokenizer: TokenizerWrapper) -> Gra
 
 
 def _evaluator(cfg: Recipe, feed: Feed, engine: RolloutEngine, scorer: Scorer, ranks: Ranks) -> Evaluator:
-    """What measures the run on held-out rows. Raises UserError where that is not what the best checkpoint goes by."""
+    """The evaluator on held-out rows. Raises UserError if it does not measure `checkpoint.metric_for_best_model`."""
     assert cfg.eval is not None
     tasks = feed.first(cfg.eval.prompts)
     evaluator = Evaluator(cfg.eval, tasks, engine, scorer, cfg.rollout.temperature, cfg.seed, ranks)
     if cfg.best_metric not in evaluator.names:
         known = ", ".join(evaluator.names)
-        raise UserError(f"checkpoint.metric_for_best_model: {cfg.best_metric!r} is not measured; there is {known}")
+        raise UserError(f"checkpoint.metric_for_best_model: {cfg.best_metric!r} is not measured; choose one of {known}")
     return evaluator
 
 
 def _check_stop_ids(rollout: RolloutConfig, vocabulary: int) -> None:
-    """Raise UserError for a token that the model cannot sample."""
+    """Raise UserError for a stop token that the model cannot sample."""
     if odd := [token for token in rollout.stop_token_ids if token >= vocabulary]:
-        raise UserError(f"rollout.stop_token_ids: {odd[0]} is not in the vocabulary of {vocabulary}")
+        raise UserError(f"rollout.stop_token_ids: {odd[0]} is not in the model's vocabulary of {vocabulary} tokens")
 
 
 def _longest_of_all(trained: int, evaluator: Evaluator | None) -> int:
-    """Tokens of the longest prompt that is sampled from, where training has prompts of `trained` at most."""
+    """Tokens of the longest prompt to sample from: training prompts of up to `trained` tokens, and held-out prompts."""
     held_out = evaluator.tasks if evaluator else ()
     return max([trained, *(len(task.prompt_ids) for task in held_out)])

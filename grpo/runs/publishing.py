@@ -1,4 +1,4 @@
-"""What may not stand in a recipe, because a run copies it: into its folder, its checkpoints, W&B and model cards."""
+"""Keeps secrets out of recipes: a run copies its recipe into its folder, its checkpoints, W&B and model cards."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ SECRET_KEY = re.compile(r"(^|[._])(api_?key|password|secret|(access|auth|bearer|
 
 
 def check_no_secrets(cfg: Recipe) -> None:
-    """Raise UserError for a text in the recipe that holds a secret of the environment, or that is named like one."""
+    """Raise UserError for a text in the recipe that contains the value of a secret environment variable, or whose key
+    looks like the name of a secret."""
     known = secrets()
     for name, text in _texts(cfg.model_dump(mode="json"), ""):
         variable = next((variable for variable, value in known if value in text), None)
         if variable is None and not (text and SECRET_KEY.search(name)):
             continue
-        what = f"holds the value of {variable}" if variable else "looks like a secret"
+        what = f"contains the value of {variable}" if variable else "looks like a secret"
         raise UserError(
-            f"{name} {what}, and a recipe is copied into the run's folder, its checkpoints, W&B and model cards: leave "
-            "it out, and have your code read the environment variable that holds it (os.environ)"
+            f"{name} {what}, but the recipe is copied into the run's folder, its checkpoints, W&B and model cards: "
+            "remove the secret, and let your code read it from an environment variable (os.environ)"
         )
 
 
 def _texts(value: Any, name: str) -> Iterator[tuple[str, str]]:
-    """The texts in plain data by their dotted names."""
+    """Yield the dotted name and the value of each text in plain data."""
     if isinstance(value, str):
         yield name, value
     elif isinstance(value, dict | list):

@@ -1,4 +1,4 @@
-"""The logs of a run that goes on: a line for each step that it keeps, once."""
+"""The logs of a resumed run: one line for each step that the run keeps."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ log = logging.getLogger(__name__)
 
 
 def rewind(path: Path, steps: Sequence[int], complete: bool) -> None:
-    """Keep the lines of a log for these steps, in order, without one that was cut off.
+    """Keep the lines of a log that belong to these steps, in order. Drops a last line that was cut off.
 
-    A step that has several lines keeps the last one, and steps that have none are missed if the log should be
-    `complete`; either is said. Raises UserError for a line that is no record, with nothing changed.
+    If a step has several lines, keeps the last one and warns. If the log should be `complete`, warns about steps
+    without a line. Raises UserError, without changing the file, for a line that is not a record.
     """
     lines = _lines(path)
     kept = {step: line for step, line in lines if step in steps}
     counts = Counter(step for step, _ in lines if step in steps)
     if doubled := sorted(step for step, count in counts.items() if count > 1):
-        log.warning("%s: more than one line for %s; the last line of each is kept", path, _named(doubled))
+        log.warning("%s: more than one line for %s; grpo keeps the last line of each step", path, _named(doubled))
     if complete and (missing := [step for step in steps if step not in kept]):
-        log.warning("%s: no line for %s. Training goes on all the same; reports lack them", path, _named(missing))
+        log.warning("%s: no line for %s. Training continues; reports will lack these steps", path, _named(missing))
     if path.exists():
         replace_text(path, b"".join(kept[step] for step in sorted(kept)).decode())
 
 
 def _lines(path: Path) -> list[tuple[int, bytes]]:
-    """The whole lines of a log, each with its step."""
+    """The complete lines of a log, each with its step."""
     if not path.exists():
         return []
     found = []
@@ -45,13 +45,13 @@ def _lines(path: Path) -> list[tuple[int, bytes]]:
             if type(step) is not int:
                 raise TypeError
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{path}:{number}: not a record that grpo wrote; mend or delete it to go on") from None
+            raise UserError(f"{path}:{number}: not a record that grpo wrote; fix or delete it to resume") from None
         found.append((step, line))
     return found
 
 
 def _named(steps: Iterable[int]) -> str:
-    """`steps 3, 5 to 8`."""
+    """Steps as text, such as `steps 3, 5 to 8`."""
     spans = []
     for _, members in groupby(enumerate(steps), lambda placed: placed[1] - placed[0]):
         span = [step for _, step in members]
@@ -60,7 +60,7 @@ def _named(steps: Iterable[int]) -> str:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that at every moment it is the old one or the new one."""
+    """Replace a file atomically: at every moment it has either the old text or the new text."""
     aside = path.with_name(f".{path.name}.partial")
     with aside.open("w", encoding="utf-8") as file:
         file.write(text)

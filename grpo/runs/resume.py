@@ -1,4 +1,4 @@
-"""Where a run goes on: which checkpoint, whether the recipe is still the one that wrote it, and what is new."""
+"""Where a run starts or resumes: from which checkpoint, and whether recipe, code and data are still the same."""
 
 from __future__ import annotations
 
@@ -52,8 +52,13 @@ from grpo.training.trainer import Trainer
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where a run begins: at step 0, or at the state of a checkpoint; in a new folder, or in that of the run it goes on
-    with."""
+    """Where a run begins: at step 0 or at the state of a checkpoint, in a new folder or in that of the resumed run.
+
+    goes_on    whether the run continues in the folder of the run that it resumes
+    notes      messages about the start
+    plan       values chosen for `auto` settings when the resumed run began
+    revisions  commits on the Hub that the resumed run was trained from
+    """
 
     cfg: Recipe
     state: RunState | None = None
@@ -66,24 +71,24 @@ class Start:
 
     @property
     def planned(self) -> Recipe:
-        """The recipe, with what was decided of it when the run that goes on began, and without files of solve rates
-        that have gone and are not needed."""
+        """The recipe with the revisions and `auto` values of the resumed run, and without files of solve rates that are
+        missing and not needed."""
         gone = [] if self.state is None else gone_rates(self.cfg.data, self.state)
         cfg = with_rates(self.cfg, dict.fromkeys(gone))
         return as_planned(with_revisions(cfg, self.revisions), self.plan)
 
     def load(self, trainer: Trainer) -> RunState:
-        """The state to start from, which is the trainer's from now on.
+        """Load the starting state into the trainer and return it.
 
-        Raises UserError where it does not fit, where there is no task to begin with, or where one of several processes
-        would start from another.
+        Raises UserError if the state does not fit the trainer, if there is no task to begin with, or if processes would
+        start from different states.
         """
         trainer.ranks.check_same("the recipe", trainer.cfg.model_dump(exclude={"output_dir"}))
-        trainer.ranks.check_same("the step to go on after", self.state.step if self.state else 0)
+        trainer.ranks.check_same("the step to resume after", self.state.step if self.state else 0)
         if self.state is None:
             check_begins(trainer.tasks)
-            return RunState(run_id=_new_id(), trainer=TrainerState({}, trainer.counts()))  # a trainer has the arrays
-        trainer.load_state(self.state.trainer)
+            return RunState(run_id=_new_id(), trainer=TrainerState({}, trainer.counts()))  # the trainer has the arrays
+        trainer.load_state(self.state.trainer, consume=True)
         return self.state
 
     def folder(self) -> AbstractContextManager[Path]:
@@ -105,24 +110,25 @@ def find_start(
     dry: bool = False,
     given: Given = NOTHING,
 ) -> Start:
-    """Where a run with this recipe begins.
+    """Find where a run with this recipe begins.
 
-    To `resume` is to go on after the newest whole checkpoint in its folder, from the beginning where there is none yet.
-    A `checkpoint` is gone on from in any case: in its own run's folder, which forgets what came after it, or in a new
-    one. A `dry` run touches nothing, and says of a run in its folder what to do about it.
+    With `resume`, it resumes from the newest intact checkpoint in its folder, or begins at step 0 if there is none yet.
+    With a `checkpoint`, it resumes from this checkpoint: in the folder of the checkpoint's run, which forgets later
+    steps, or as a branch in a new folder. A `dry` run changes nothing; a note says how to train despite a run in its
+    folder.
 
-    Raises UserError for a recipe that holds a secret, for a folder that holds another run, where every checkpoint is
-    damaged, and for a recipe, code or data that did not write the checkpoint, unless it may have `changed`.
+    Raises UserError for a recipe that contains a secret, for a folder that holds another run, if every checkpoint is
+    damaged, and if recipe, code or data differ from those of the checkpoint, unless they may have `changed`.
     """
     assert cfg.output_dir is not None
     check_no_secrets(cfg)
     folder = Path(cfg.output_dir)
     if checkpoint is not None:
         _check_named(checkpoint)
-    own = checkpoint is None or checkpoint.resolve().parent == (folder / CHECKPOINTS).resolve()
-    goes_on = (resume or changed or checkpoint is not None) and own
+    same_folder = checkpoint is None or checkpoint.resolve().parent == (folder / CHECKPOINTS).resolve()
+    goes_on = (resume or changed or checkpoint is not None) and same_folder
     if goes_on and overwrite:
-        raise UserError("--overwrite replaces the run and --resume goes on with it: choose one")
+        raise UserError("--overwrite replaces the run, --resume continues it: choose one of them")
     check_run_folder(cfg, overwrite or goes_on, dry)
     in_the_way = dry and is_run(folder) and not (overwrite or goes_on)
     goes_on = goes_on and is_run(folder)
@@ -132,12 +138,12 @@ def find_start(
             restore_replaced(folder / CHECKPOINTS)
         checkpoint, notes = newest_whole(folder / CHECKPOINTS)
         if notes and checkpoint is None:
-            raise UserError(f"{folder}: no checkpoint is whole, so there is nothing to go on from: " + "; ".join(notes))
+            raise UserError(f"{folder}: every checkpoint is damaged, so the run cannot resume: " + "; ".join(notes))
     cfg = with_kept(cfg, checkpoint.resolve().parents[1] if checkpoint is not None else folder)
     if checkpoint is None:
-        notes = ["no checkpoint to go on from: begins at step 0"] if resume or changed else []
+        notes = ["no checkpoint to resume from: begins at step 0"] if resume or changed else []
         if in_the_way:
-            notes = [f"{folder} holds a run: training takes --resume, --overwrite or another output_dir"]
+            notes = [f"{folder} holds a run: training needs --resume, --overwrite or another output_dir"]
         return Start(cfg, goes_on=goes_on, overwrite=overwrite, notes=tuple(notes))
     state, written = load_checkpoint(checkpoint)
     cfg = _with_former_rates(cfg, state, written)
@@ -145,7 +151,7 @@ def find_start(
     if differences and not changed:
         listed = "\n".join(f"  {line}" for line in differences)
         what = "was written with another recipe, other code or other data"
-        raise UserError(f"{checkpoint} {what}; --resume-changed goes on all the same:\n{listed}")
+        raise UserError(f"{checkpoint} {what}; --resume-changed resumes anyway:\n{listed}")
     if any(line.startswith(COMPARED) for line in differences):
         trainer = state.trainer.without_groups()
         state = replace(state, rewards=(), start=None, past=PastSteps(), trainer=trainer)
@@ -172,16 +178,16 @@ WITHOUT_INFLUENCE = (
     "log.completions",
     "alarms",
 )
-"""Settings that change neither what is sampled nor what is learned. A resumed run may have others without leave."""
+"""Settings that affect neither sampling nor learning. A resumed run may change them without --resume-changed."""
 
 COMPARED = ("model.", "data.", "rewards.", "rollout.", "environment", "tools", "code of ", "contents of ")
-"""How the differences begin after which the rewards of earlier and later steps cannot be compared, and after which
-groups that are kept are not what this run would have sampled."""
+"""Beginnings of those differences that make rewards of earlier and later steps incomparable, and kept groups unlike
+the groups that the changed run would sample."""
 
 
 def _with_former_rates(cfg: Recipe, state: RunState, written: Context) -> Recipe:
-    """The recipe with the whole names that files of solve rates had when they were there, if they have gone and are
-    not needed: only files that are there are found beside a recipe."""
+    """The recipe with the full paths that missing files of solve rates had in the checkpoint's recipe, if the files are
+    not needed: a relative path is resolved only if the file exists."""
     data = read_written(written.recipe)["data"]
     before = dict(zip(cfg.data.parts, data.get("sources") or [data], strict=False))
     former = {name: before.get(name, {}).get("solve_rates") for name in gone_rates(cfg.data, state)}
@@ -190,30 +196,30 @@ def _with_former_rates(cfg: Recipe, state: RunState, written: Context) -> Recipe
 
 
 def _goes_on(steps: int, made: int, checkpoint: Path) -> str:
-    """What is said of a run of so many steps that goes on from a checkpoint with so many made."""
+    """The note for a run of `steps` steps that resumes from a checkpoint after step `made`."""
     if made < steps:
-        return f"goes on after step {made} from {checkpoint}"
+        return f"resumes after step {made} from {checkpoint}"
     return (
-        f"no step is left to train: optim.steps is {steps}, and {checkpoint} is after step {made}. To train further, "
-        "set optim.steps to more (it counts from the run's first step) and take --resume-changed, or changed=True in "
+        f"no steps left to train: optim.steps is {steps}, and {checkpoint} was written after step {made}. To train "
+        "further, raise optim.steps (it counts from the run's first step) and use --resume-changed, or changed=True in "
         "Python"
     )
 
 
 def _check_named(checkpoint: Path) -> None:
-    """Raise UserError for what cannot be gone on from, because it is not there or is a whole run."""
+    """Raise UserError if `checkpoint` does not exist, or is a run instead of a checkpoint."""
     if not checkpoint.is_dir():
         raise UserError(f"--resume-from {checkpoint}: there is no such folder")
     if is_run(checkpoint):
         raise UserError(
-            f"--resume-from {checkpoint}: is a run; name its checkpoint, such as {newest_checkpoint(checkpoint)}"
+            f"--resume-from {checkpoint}: is a run; name a checkpoint of it, such as {newest_checkpoint(checkpoint)}"
         )
 
 
 def as_planned(cfg: Recipe, plan: Mapping[str, Any]) -> Recipe:
-    """The recipe with a former plan in the place of `auto`.
+    """The recipe with the values of a former plan instead of `auto`.
 
-    A plan is a measurement: made anew it may cut micro-batches otherwise, and sums would differ in their last bits.
+    A plan is a measurement: a new plan may cut micro-batches differently, and sums would differ in their last bits.
     """
     optim = "micro_batch_tokens", *(() if cfg.model.shard == "fsdp" else ("gradient_checkpointing",))
     decided = {f"optim.{name}": plan[name] for name in optim if name in plan and getattr(cfg.optim, name) == "auto"}
@@ -221,12 +227,12 @@ def as_planned(cfg: Recipe, plan: Mapping[str, Any]) -> Recipe:
 
 
 def _new_id() -> str:
-    """An id for a run, also W&B's: the one that its environment names (as an agent of a sweep does), or a drawn one."""
+    """An id for a run, also in W&B: $WANDB_RUN_ID (set by the agent of a sweep, for example), or else a random one."""
     return os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
 
 
 def plan_of(trainer: Trainer) -> dict[str, Any]:
-    """What was decided of the settings that may be `auto`."""
+    """The values that were chosen for settings that may be `auto`."""
     optim = trainer.cfg.optim
     return {name: getattr(optim, name) for name in ("micro_batch_tokens", "gradient_checkpointing")}
 
@@ -239,7 +245,8 @@ def context(
     rows: Mapping[str, Rows | Streamed],
     given: Given = NOTHING,
 ) -> Context:
-    """What this recipe's checkpoints say about their run. `rows` of the Hub are known by their revision."""
+    """What this recipe's checkpoints record about their run. `rows` are hashed if they are local; for others the
+    revision is enough."""
     named = data_of(cfg)
     inputs = {name: fingerprint(table) for name, table in rows.items() if given.is_local(name, named[name])}
     sources = source_hashes(cfg.uses) | given.sources()
@@ -248,13 +255,13 @@ def context(
 
 
 def context_now(cfg: Recipe, written: Context, given: Given = NOTHING) -> Context:
-    """What a checkpoint that was `written` would say now of what this recipe names: code, data, an adapter."""
+    """What the `written` checkpoint would record now about the code, data and adapters that this recipe names."""
     rows = {name: given.rows(name, data) for name, data in data_of(cfg).items() if given.is_local(name, data)}
     return context(cfg, written.adapter, written.plan, written.revisions, rows, given)
 
 
 def changes(old: Context, new: Context) -> list[str]:
-    """What a run would go on with that its checkpoint was not written with, a line for each.
+    """The differences between a checkpoint's context and the context of the run that resumes from it, a line for each.
 
     Settings without influence on the run's numbers are left out.
     """
@@ -267,14 +274,14 @@ def changes(old: Context, new: Context) -> list[str]:
 
 
 def _written(value: Any) -> str:
-    """A value as a recipe has it."""
+    """A value as text, as a recipe would show it."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _settings(written: Context) -> Iterator[tuple[str, Any]]:
     recipe = _with_defaults(read_written(written.recipe))
     yield from ((name, value) for name, value in _flat(recipe, "") if not _without_influence(name))
-    if recipe.get("ranks"):  # that there is the section, whatever its numbers
+    if recipe.get("ranks"):  # only the presence of the section matters, not its numbers
         yield "ranks", "sample and train apart"
     for use, digest in written.sources.items():
         yield f"code of {use}", digest[:12]
@@ -287,15 +294,15 @@ def _without_influence(setting: str) -> bool:
 
 
 def _with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe as it was written, with the defaults of the settings that have come since."""
+    """A written recipe, with the defaults of settings that were added since."""
     try:
         return Recipe.model_validate_json(json.dumps(without_single_turn(recipe))).model_dump(mode="json")
-    except ValidationError:  # it has settings that have gone: these are differences
+    except ValidationError:  # it has settings that no longer exist: they are differences
         return recipe
 
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """A tree's leaves by their dotted names."""
+    """Yield the dotted name and the value of each leaf of a tree."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     if items is None:
         yield name, value
@@ -305,7 +312,7 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _newer(checkpoint: Path) -> list[str]:
-    """Packages that are not what they were: then the last bits of the numbers may differ."""
+    """Notes on packages whose version has changed since the checkpoint was written."""
     installed = versions()
     return [
         f"{name} is {now} and was {was} when the checkpoint was written: numbers may differ in their last bits"

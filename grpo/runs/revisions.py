@@ -1,4 +1,4 @@
-"""Which commits on the Hub a run was made from, so that it goes on, and is used, with the same."""
+"""The commits on the Hub that a run was made from, so that it is resumed, and used, with the same commits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from grpo.runs.sections import data_of
 
 
 def revisions_of(cfg: Recipe) -> dict[str, str]:
-    """The commits that the recipe's models, data and held-out data were loaded at, by their names on the Hub."""
+    """The commits at which the recipe's models, data and held-out data were loaded, by role and name on the Hub."""
     found = {f"model {cfg.model.name}": _model_commit(cfg.model)}
     if cfg.teacher is not None and cfg.teacher.model is not None:
         found[f"teacher {cfg.teacher.model.name}"] = _model_commit(cfg.teacher.model)
@@ -28,7 +28,7 @@ def revisions_of(cfg: Recipe) -> dict[str, str]:
 
 
 def with_revisions(cfg: Recipe, revisions: Mapping[str, str]) -> Recipe:
-    """The recipe with these commits where it names a model or data of theirs without a revision."""
+    """The recipe with these commits as revisions of the models and data that it names without a revision."""
     commits: dict[str, Any] = {}
     if cfg.model.revision is None:
         commits["model.revision"] = revisions.get(f"model {cfg.model.name}")
@@ -53,34 +53,34 @@ def pinned(cfg: Recipe, checkpoint: Path) -> Recipe:
 
 
 def pinned_to_run(cfg: Recipe, run: Path, adapter: Path | None = None) -> Recipe:
-    """The recipe with the commits that the run in the folder `run` was trained from, whatever adapter is used with it.
+    """The recipe with the commits that the run in the folder `run` was trained from, for use with any `adapter`.
 
-    A run without a checkpoint has none.
+    A run without a checkpoint has no commits: the recipe is returned unchanged.
     """
     checkpoint = checkpoint_of(run, adapter)
     return cfg if checkpoint is None else pinned(cfg, checkpoint)
 
 
 def checkpoint_of(run: Path, adapter: Path | None = None) -> Path | None:
-    """The checkpoint that says what a run was trained from: `adapter`, if it is one of the run's own checkpoints, or
-    else (for another adapter, and for the base model alone) the newest whole one. None if there is none yet."""
+    """The checkpoint that records what a run was trained from: `adapter` if it is a checkpoint of the run, or else (for
+    another adapter, or the base model) the newest intact checkpoint. None if there is none yet."""
     folder = run / CHECKPOINTS
     own = adapter is not None and adapter.resolve().parent == folder.resolve()
     return adapter if own else newest_whole(folder)[0]
 
 
 def _key(section: str, data: DataConfig) -> str:
-    """The name of a commit of data. Both sections may name one repository, at different revisions."""
+    """The key of a commit of data. Two sections may use different revisions of one repository."""
     return f"{section} {data.source}"
 
 
 def _reward_model(reward: RewardConfig) -> ModelConfig | None:
-    """The model that grades, if one does."""
+    """The model of a reward model; None for other rewards."""
     return reward_model_of(reward.kwargs).model(reward.model) if reward.model else None
 
 
 def _with_revision(reward: RewardConfig, revisions: Mapping[str, str]) -> RewardConfig:
-    """The reward with the commit of its model, if it has a model without a revision."""
+    """The reward with the commit of its model as revision, if it has a model without a revision."""
     model = _reward_model(reward)
     commit = revisions.get(f"reward model {model.name}") if model is not None and model.revision is None else None
     return reward if commit is None else with_settings(reward, {"kwargs": {**reward.kwargs, "revision": commit}})

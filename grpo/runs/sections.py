@@ -1,4 +1,4 @@
-"""Where a recipe's rows come from, section by section: each source of its tasks, and the held-out rows."""
+"""The sections of a recipe that rows come from: each source of tasks, and the held-out rows."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from grpo.scoring.applying import Applying
 
 WINDOW = DataConfig.model_fields["window"].default
 NOT_CHOSEN: Mapping[str, Any] = {"solve_rates": None, "solve_rate": None, "curriculum": None, "sampler": None}
-"""The settings by which rows are chosen for training, as they are where all rows are taken."""
+"""The settings that choose rows for training, with the values that keep all rows."""
 
 
 def data_of(cfg: Recipe) -> dict[str, DataConfig]:
-    """The sections that rows come from: `data`, or each of `data.sources` by its name; and `eval` if there is one."""
+    """The sections that rows come from: `data`, or each of `data.sources`, by name; and `eval` if there is one."""
     return {**cfg.data.parts, **({} if cfg.eval is None else {"eval": _held_out(cfg)})}
 
 
 def read_as(cfg: Recipe) -> str | None:
-    """The name of the source whose prompts and rewards the held-out rows have; None where they have those of `data`."""
+    """The name of the source whose prompt format and rewards the held-out rows share; None: those of the whole `data`
+    section, because no source has the same rows."""
     assert cfg.eval is not None
     own, parts = cfg.eval, cfg.data.parts
     if own.source is None and own.use is None:
@@ -32,20 +33,20 @@ def read_as(cfg: Recipe) -> str | None:
 
 
 def text_system(cfg: Recipe) -> str | None:
-    """The system message before prompts of text. None where the sections differ in it: then prompts with a system
-    message are messages, for rewards and environments too."""
+    """The system message before text prompts. None if sections differ in it: then prompts with a system message become
+    messages, also for rewards and environments."""
     systems = {data.system for data in data_of(cfg).values()}
     return systems.pop() if len(systems) == 1 else None
 
 
 def without_choice(cfg: Recipe) -> Recipe:
-    """The recipe with all rows, in the place of those that are chosen for training."""
+    """The recipe with all rows, instead of those that are chosen for training."""
     sources = [with_settings(source, NOT_CHOSEN) for source in cfg.data.sources]
     return with_settings(cfg, {"data": with_settings(cfg.data, {**NOT_CHOSEN, "sources": sources})})
 
 
 def with_rates(cfg: Recipe, files: Mapping[str, str | None]) -> Recipe:
-    """The recipe with these files of solve rates, by the name of the source."""
+    """The recipe with these files of solve rates, by name of the source."""
     if not cfg.data.sources:
         return with_settings(cfg, {"data.solve_rates": files["data"]}) if files else cfg
     sources = [
@@ -69,15 +70,15 @@ def _held_out(cfg: Recipe) -> DataConfig:
 
 
 def only_of(cfg: Recipe) -> dict[str, Sequence[str]]:
-    """The names of the rewards that score the tasks of a source, for each source that names its own."""
+    """The names of the rewards that score the tasks of a source, for each source with a `rewards` setting."""
     return {one.called: one.rewards for one in cfg.data.sources if one.rewards is not None}
 
 
 def applying_of(cfg: Recipe, names: Sequence[str]) -> Applying:
-    """Which of a recipe's rewards, by these names, score the tasks of which source; held-out tasks those of the source
-    that they are read as.
+    """Which of the rewards with these `names` score the tasks of which source.
 
-    Raises UserError for a name that no reward has, and for a reward that scores nothing.
+    Held-out tasks have the rewards of the source that they are read as (`read_as`). Raises UserError for a name that no
+    reward has, and for a reward that scores no source.
     """
     only = only_of(cfg)
     like = None if cfg.eval is None else read_as(cfg)
@@ -87,7 +88,7 @@ def applying_of(cfg: Recipe, names: Sequence[str]) -> Applying:
     for name in names:
         if not any(applying(name, section) for section in sections):
             raise UserError(
-                f"reward {name!r} does nothing: each of data.sources names its rewards, and none of them this one. "
-                "Name it there, or leave it out"
+                f"reward {name!r} does nothing: each of data.sources names its rewards, and none names this one. Add "
+                "it to a source, or remove it"
             )
     return applying

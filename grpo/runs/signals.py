@@ -1,6 +1,6 @@
-"""SIGINT, SIGTERM, SIGHUP and SIGQUIT ask a run to stop where nothing is lost; a second one ends it at once.
+"""Stop requests: a first SIGINT, SIGTERM, SIGHUP or SIGQUIT asks a run to stop without loss; a second one ends it.
 
-A second SIGHUP does not: a terminal that closes sends one, and its shell another.
+A second SIGHUP is ignored: when a terminal closes, both the terminal and its shell send a SIGHUP.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from typing import Any
 
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 KEPT_IGNORED = (signal.SIGHUP, signal.SIGQUIT)
-"""Signals that stay ignored where they are: `nohup` ignores SIGHUP so that a run outlives its terminal."""
+"""Signals that stay ignored if the process already ignores them: `nohup` lets a run outlive its terminal that way."""
 BY_CODE = 0
-"""In the place of a signal's number: code asked for the stop, by `StopRequest.ask`."""
+"""Instead of a signal's number: code requested the stop with `StopRequest.ask`."""
 SOON = 0.01
-"""Seconds after which a Stopped is raised again that Python could not raise."""
+"""Seconds after which a Stopped that Python could not raise is raised again."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal came where work may be left unfinished.
+    """Raised for a signal that came where work may be left unfinished.
 
-    Other people's code is running at that moment: a reward, a loss. As a KeyboardInterrupt it passes through
-    `except Exception`, and asyncio ends its event loop at once instead of keeping it for a task.
+    Other people's code may be running at that moment: a reward or a loss. Because it is a KeyboardInterrupt, it passes
+    through `except Exception`, and asyncio ends its event loop instead of storing the exception in a task.
     """
 
 
 class StopRequest:
-    """Inside its `with` block the first signal is noted here instead of ending the process; the second ends it."""
+    """Inside its `with` block, a first signal is recorded here instead of ending the process; a second one ends it."""
 
     def __init__(
         self,
@@ -42,9 +42,9 @@ class StopRequest:
         asking: Sequence[int] = ASKING,
         second: Callable[[int], Any] | None = None,
     ) -> None:
-        """`notice` is called when the first signal comes, to tell the person. `asking` are the signals that ask.
+        """`notice` is called at the first signal, to inform the user. `asking` are the signals that request a stop.
 
-        `second` gives the handler of a second signal, by its number. Default: it ends the process at once.
+        `second` returns the handler for a second signal of a given number. The default ends the process immediately.
         """
         self.signal: int | None = None
         self._notice = notice
@@ -55,16 +55,17 @@ class StopRequest:
 
     @classmethod
     def in_a_session(cls, notice: Callable[[], None] = lambda: None) -> StopRequest:
-        """For a process that is not the run's own: a notebook's, a script's. Only Ctrl-C asks, and only where Python
-        itself would have raised KeyboardInterrupt: a handler of the session's own stays, and so do all other signals. A
-        second Ctrl-C raises KeyboardInterrupt at once.
+        """A request for a process that is not only the run's: a notebook, a script.
+
+        Only Ctrl-C requests a stop, and only if Python itself would raise KeyboardInterrupt: handlers that the session
+        has set stay, and other signals keep their effect. A second Ctrl-C raises KeyboardInterrupt immediately.
         """
         in_main = threading.current_thread() is threading.main_thread()
         free = in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         return cls(notice, (signal.SIGINT,) if free else (), lambda _: signal.default_int_handler)
 
     def ask(self) -> None:
-        """Ask for the stop from code, such as a callback's: the run ends after the step that is finished."""
+        """Request a stop from code, such as a callback: the run ends after the step that was just finished."""
         self.signal = BY_CODE if self.signal is None else self.signal
 
     @property
@@ -73,16 +74,16 @@ class StopRequest:
 
     @property
     def _lost(self) -> bool:
-        """Whether a signal came in a block before `hold`, so that what the block made is not to be kept."""
+        """Whether a signal came in a block before `hold`, so that the result of the block must be dropped."""
         return self.requested and not self._held
 
     @contextmanager
     def interrupts(self) -> Iterator[None]:
-        """A block that the first signal leaves, by raising Stopped, as soon as Python has its turn.
+        """A block that raises Stopped at the first signal, as soon as Python code runs.
 
-        That is between two of MLX's computations: a micro-batch that was begun is finished first. If other people's
-        code swallowed the exception, or raised its own in its place, the block still ends with Stopped: what was made
-        after that is not to be kept. From `hold` on a signal waits for the end of the block, which is kept.
+        That is between two computations of MLX: a micro-batch that has started is finished first. If other people's
+        code swallows the exception, or raises another instead, the block still ends with Stopped, because its result
+        must be dropped. After `hold`, a signal waits for the end of the block, and the result is kept.
         """
         if self.requested:
             raise Stopped
@@ -99,16 +100,16 @@ class StopRequest:
             raise Stopped
 
     def hold(self) -> None:
-        """From here on what is done inside `interrupts` is to be finished: the first signal is only noted.
+        """Finish the rest of the `interrupts` block: from here on, a first signal is only recorded.
 
-        Raises Stopped for a signal that came before, which other people's code may have swallowed. Outside of
-        `interrupts` nothing is interrupted, and this does nothing.
+        Raises Stopped if a signal came earlier, because other people's code may have swallowed the exception. Outside
+        of `interrupts`, where nothing is interrupted, this does nothing.
         """
         if not self._interrupts:
             return
         if self.requested:
             raise Stopped
-        self._interrupts = False  # before this line a signal raises Stopped from itself, after it none does
+        self._interrupts = False  # before this line a signal raises Stopped by itself; after it, no signal does
         self._held = True
 
     def __enter__(self) -> StopRequest:
@@ -126,27 +127,29 @@ class StopRequest:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number
-        for second in self._former:  # at once, whatever is being computed or written
+        for second in self._former:  # first, so that a second signal has its effect during anything that follows
             signal.signal(second, self._second(second))
-        with suppress(OSError):  # the terminal may be what has gone
+        with suppress(OSError):  # the terminal itself may be gone
             self._notice()
         if self._interrupts:
             raise Stopped
 
     def _unraisable(self, unraisable: Any) -> None:
-        """Python hands over what it could not raise: from a weak reference's callback, from `__del__`. A Stopped among
-        these is raised again, from outside of this call: here it would be lost once more."""
+        """The hook for exceptions that Python could not raise: from a weak reference's callback or from `__del__`.
+
+        A Stopped is raised again from outside of this call, because here it would be lost again.
+        """
         if not issubclass(unraisable.exc_type, Stopped):
             self._former_hook(unraisable)
         else:
             _thread.start_new_thread(self._raise_again, ())
 
     def _raise_again(self) -> None:
-        """In a thread of its own: let the main thread raise Stopped where it is by then, if that may be left."""
+        """Raise Stopped in the main thread, if that may still be interrupted. Runs in a thread of its own."""
         raising, main = ctypes.pythonapi.PyThreadState_SetAsyncExc, threading.main_thread().ident
         given = ctypes.c_ulong(main or 0), ctypes.py_object(Stopped)
         time.sleep(SOON)
-        if self._interrupts:  # no other thread has its turn between this and the next line's end
+        if self._interrupts:  # no other thread runs between this line and the end of the next
             raising(*given)
 
 

@@ -1,4 +1,4 @@
-"""The code of the user's own that a run depends on: rewards, losses and loggers, and the modules that they import."""
+"""The user's code that a run depends on: rewards, losses and loggers, and the modules that they import."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from grpo.plugins import named_rewards, named_tools, source_file
 from grpo.runs.checkpoint import hash_of
 
 INSTALLED = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib"))
-"""Where Python and its packages lie. Their versions are another matter: a run notes those that numbers depend on."""
+"""Folders of Python and its packages. Their code is not hashed: checkpoints record the versions that matter."""
 
 
 OURS = Path(__file__).resolve().parents[1]
 STARTED_WITH = tuple(sys.path)
-"""Where modules are looked for, before rewards that are loaded add the folders that they lie in."""
+"""The module search path at startup, before loaded rewards add their folders to it."""
 
 
 def source_hashes(uses: Iterable[str]) -> dict[str, str]:
-    """A SHA-256 for each file of code that a recipe `uses`, and for each that those import, by `use` and file.
+    """The SHA-256 of each code file that a recipe `uses`, and of each file that these import, by `use` and file.
 
-    Imports are read from the code, which is not run: modules that it loads by other means, and data files that it
-    reads, are not seen.
+    Imports are found by parsing the code, not by running it: modules that it loads by other means and data files that
+    it reads are not included.
     """
     hashes = {}
     for use in uses:
@@ -37,7 +37,7 @@ def source_hashes(uses: Iterable[str]) -> dict[str, str]:
 
 
 def imported_files(file: Path) -> list[Path]:
-    """The files of the user's own modules that a file of code imports, directly or not: no installed package's."""
+    """The files of the user's own modules that a code file imports, directly or indirectly. Excludes installed code."""
     file = file.resolve()
     top = _above_packages(file)
     roots = [file.parent, top, Path.cwd(), *(Path(entry).resolve() for entry in STARTED_WITH)]
@@ -54,10 +54,10 @@ def imported_files(file: Path) -> list[Path]:
 
 
 def _imports(file: Path, roots: Sequence[Path]) -> set[Path]:
-    """The files that a file's import statements name, wherever they stand in it."""
+    """The files that a file's import statements name, anywhere in the file."""
     try:
         tree = ast.parse(file.read_bytes())
-    except (OSError, SyntaxError, ValueError, RecursionError):  # it is said where the function is asked for
+    except (OSError, SyntaxError, ValueError, RecursionError):  # loading the function reports the error
         return set()
     found: set[Path] = set()
     for node in ast.walk(tree):
@@ -71,7 +71,7 @@ def _imports(file: Path, roots: Sequence[Path]) -> set[Path]:
 
 
 def _module_files(parts: Sequence[str], roots: Sequence[Path]) -> set[Path]:
-    """The files of a dotted name below the first root that has one: a module's, and its packages' `__init__.py`."""
+    """The files of a dotted name below the first root that has any: the module's, and its packages' `__init__.py`."""
     for root in roots:
         found, folder = set(), root
         for part in parts:
@@ -84,7 +84,7 @@ def _module_files(parts: Sequence[str], roots: Sequence[Path]) -> set[Path]:
 
 
 def _above_packages(file: Path) -> Path:
-    """The folder that a module's own package, with all packages around it, is imported from."""
+    """The folder that contains a module's top-level package; for a module outside packages, the module's folder."""
     folder = file.resolve().parent
     while (folder / "__init__.py").is_file():
         folder = folder.parent
@@ -92,13 +92,13 @@ def _above_packages(file: Path) -> Path:
 
 
 def _is_installed(path: Path) -> bool:
-    """Whether in Python's own folders, this environment's, or any other's."""
+    """Whether a file is in the package folders of this Python environment or any other."""
     path = path.resolve()
     installed = any(path.is_relative_to(folder) for folder in INSTALLED)
     return installed or bool({"site-packages", "dist-packages"} & set(path.parts)) or path.suffix == ".zip"
 
 
 def _short(path: Path, beside: Path) -> str:
-    """A path as seen from the file that imports it, where it lies below the same folder."""
+    """A path relative to the folder that the importing file's package is in; absolute if it is elsewhere."""
     folder = _above_packages(beside)
     return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)

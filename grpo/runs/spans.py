@@ -1,21 +1,21 @@
-"""Which part of a completion's text each of its tokens is."""
+"""Maps the tokens of a completion to parts of its text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 PARTIAL = "\N{REPLACEMENT CHARACTER}"
-"""In the text of a token that holds only part of a character's bytes."""
+"""Appears in the text of a token that holds only part of a character's bytes."""
 LONGEST_GAP = 16
-"""Characters that tokens of parts of characters may stand for together."""
+"""Maximum number of characters that consecutive tokens with parts of characters may spell together."""
 
 
 def characters(token_ids: Sequence[int], text: str, piece: Callable[[int], str]) -> list[int] | None:
-    """The number of characters of `text` that each token adds to it; None where the tokens do not spell the text.
+    """The number of characters of `text` that each token adds to it; None if the tokens do not spell the text.
 
-    `piece` is the text of one token by itself, empty for special tokens. Where several tokens spell one character, the
-    last of them has it. A tokenizer may drop the space that a token begins with, and a stop string may cut the text
-    short: the tokens after its end have 0.
+    `piece` returns the text of a single token, empty for special tokens. If several tokens spell one character, it
+    counts for the last of them. A tokenizer may drop the space that a token begins with. A stop string may cut the text
+    short: tokens after its end have 0.
     """
     lengths, at, open_since = [0] * len(token_ids), 0, None
     for place, token in enumerate(token_ids):
@@ -43,7 +43,8 @@ def characters(token_ids: Sequence[int], text: str, piece: Callable[[int], str])
 
 
 def _matched(text: str, spelled: str, at: int) -> int | None:
-    """The characters that a token has at a place: all of its own, with a space before it, or as many as are left."""
+    """The number of characters that a token has at position `at`: its own, perhaps with a space before them, or those
+    that are left if the text ends within the token. None if the text does not match."""
     if text.startswith(spelled, at):
         return len(spelled)
     if text.startswith(f" {spelled}", at):
@@ -53,5 +54,5 @@ def _matched(text: str, spelled: str, at: int) -> int | None:
 
 
 def _next(text: str, spelled: str, at: int) -> int | None:
-    """Where a token begins that follows tokens of parts of characters."""
+    """The position of a token that follows tokens with parts of characters; None if it is not within LONGEST_GAP."""
     return next((at + gap for gap in range(LONGEST_GAP + 1) if text.startswith(spelled, at + gap)), None)

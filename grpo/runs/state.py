@@ -1,6 +1,6 @@
-"""What a run is between two steps, beside its recipe: all that it needs to go on as if it had never been stopped.
+"""The state of a run between two steps: with the recipe, all that it needs to resume as if it had never stopped.
 
-Whatever else a run does is a function of the recipe and the step: schedules, draws, the shuffle of an epoch.
+Everything else is a function of the recipe and the step: schedules, random draws, the shuffling of an epoch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from grpo.types import EvalMetrics
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """The best evaluation so far: after which step, and what it measured."""
+    """The best evaluation so far: its step, and its value of `checkpoint.metric_for_best_model`."""
 
     step: int
     value: float
@@ -25,13 +25,18 @@ class Best:
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """A run after `step`: the trainer's state, the evaluations it compares, and the id that W&B knows it by.
+    """The state of a run after `step`.
 
-    `first` is the first step that its folder has on record: of a branch off another run, not that run's. `rewarded`:
-    whether any completion of its steps had a reward. `rewards`: the mean reward of each step that had one, since
-    what is asked, how it is answered, or how it is scored was last changed. `start`: the lower end of the
-    interval of the first of them, which is of the model before any update. `past` is what alarms look back on,
-    and which of them were told.
+    run_id    id of the run, also in W&B
+    trainer   the trainer's state
+    first     first step on record in the run's folder; in a branch off another run, the step after the branch point
+    rewarded  whether any completion so far had a reward
+    rewards   mean reward of each step that had one, since model, tasks, sampling or rewards last changed
+    start     lower end of the interval of the first step's mean reward, which is the untrained model's
+    before    first evaluation
+    after     newest evaluation
+    best      best evaluation
+    past      what alarms look back on, and which alarms have been reported
     """
 
     run_id: str
@@ -47,7 +52,7 @@ class RunState:
     past: PastSteps = field(default_factory=PastSteps)
 
     def plain(self) -> dict[str, Any]:
-        """All but the arrays, as JSON holds it."""
+        """Everything except the arrays, as data for JSON."""
         return {
             "step": self.step,
             "first": self.first,
@@ -64,12 +69,12 @@ class RunState:
 
     @classmethod
     def of(cls, plain: Mapping[str, Any], arrays: Mapping[str, Arrays]) -> RunState:
-        """What `plain` was taken of, with its arrays."""
+        """The state whose `plain()` is `plain`, with its arrays."""
         return cls(
             step=plain["step"],
             first=plain["first"],
             rewarded=plain.get("rewarded", True),  # not in older checkpoints
-            rewards=tuple(plain.get("rewards", ())),  # nor are these
+            rewards=tuple(plain.get("rewards", ())),  # not in older checkpoints
             start=plain.get("start"),
             run_id=plain["run_id"],
             trainer=TrainerState(arrays, plain["counts"]),

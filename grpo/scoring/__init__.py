@@ -1,1 +1,1 @@
-"""Runs reward functions, and records what they answer and where they fail."""
+"""Runs reward functions and records their scores and failures."""

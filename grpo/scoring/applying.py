@@ -1,4 +1,4 @@
-"""Which rewards score which tasks: all of them, unless a source of tasks names its own."""
+"""Decides which rewards score which tasks: every reward, unless a data source lists its own rewards."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from grpo.types import Group
 
 @dataclass(frozen=True, slots=True)
 class Applying:
-    """`only` has the names of the rewards that score the tasks of a source, by the source's name. Those of a source
-    that is not in it are scored by all."""
+    """The rewards that score each data source.
+
+    `only` maps a source's name to the names of its rewards. Every reward scores the tasks of a source that is not in
+    `only`.
+    """
 
     only: Mapping[str, Collection[str]] = field(default_factory=dict)
 
@@ -21,17 +24,17 @@ class Applying:
         return source not in self.only or reward in self.only[source]
 
     def groups(self, reward: str, groups: Sequence[Group]) -> list[int]:
-        """The places of the groups that a reward scores."""
+        """The indices of the groups that a reward scores."""
         return [place for place, group in enumerate(groups) if self(reward, group.task.source)]
 
     def check(self, rewards: Collection[str]) -> None:
-        """Raise UserError for a name that no reward has."""
+        """Raise UserError if a source lists a reward that the recipe does not have."""
         for source, names in self.only.items():
             for name in names:
                 if name not in rewards:
                     raise UserError(
-                        f"data.sources, {source!r}: the recipe has no reward {name!r}; there is {', '.join(rewards)}."
-                        f"{did_you_mean(name, rewards)}"
+                        f"data.sources, {source!r}: the recipe has no reward {name!r}. Its rewards: "
+                        f"{', '.join(rewards)}.{did_you_mean(name, rewards)}"
                     )
 
 

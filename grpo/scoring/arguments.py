@@ -1,6 +1,6 @@
-"""The arguments of a reward function: what it is given, what the recipe adds, and what makes a function of them.
+"""The arguments of a reward function: those that grpo passes, those of the recipe's `kwargs`, and factories.
 
-Worker processes import this, so it imports nothing heavy.
+Worker processes import this module, so it imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from typing import Any
 
 GIVEN = ("prompts", "completions", "completion_ids")
 HOOKS = ("trainer_state", "log_extra", "log_metric")
-"""Arguments that a function receives only if it takes them."""
+"""Arguments that a function receives only if its signature accepts them."""
 ENVIRONMENTS = "environments"
-"""The argument with the environment of each completion. A function that takes it is called where these live."""
-_NOT_OURS = (*GIVEN, *HOOKS, ENVIRONMENTS)
+"""The argument with the environment of each completion. A function that takes it runs in the environments' process."""
+_FROM_GRPO = (*GIVEN, *HOOKS, ENVIRONMENTS)
 
 
 def is_factory(function: Callable[..., Any]) -> bool:
-    """Whether calling it makes a reward function: a class, or what takes neither completions nor everything."""
+    """Whether `function` is a factory of reward functions: a class, or a function without `prompts`, `completions`,
+    `completion_ids`, `environments` and `**kwargs` among its parameters."""
     if inspect.isclass(function):
         return True
     try:
@@ -31,21 +32,22 @@ def is_factory(function: Callable[..., Any]) -> bool:
 
 
 def check_kwargs(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
-    """An argument must be one that the function names, of the type it says."""
+    """Raise ValueError for an argument that the function's signature does not name, or of a type that it excludes."""
     if not kwargs:
         return
     parameters = inspect.signature(function).parameters
     named = [name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    ours = [name for name in named if name not in _NOT_OURS]
+    settable = [name for name in named if name not in _FROM_GRPO]
     for name, value in kwargs.items():
-        if name not in ours:
-            close = difflib.get_close_matches(name, ours, n=1)
-            meant = f" Did you mean {close[0]!r}?" if close else f" It takes {', '.join(ours) or 'none'}."
+        if name not in settable:
+            close = difflib.get_close_matches(name, settable, n=1)
+            meant = f" Did you mean {close[0]!r}?" if close else f" Its arguments: {', '.join(settable) or 'none'}."
             raise ValueError(f"kwargs.{name}: there is no such argument.{meant}")
         _check_type(name, value, _annotation(function, name))
 
 
 def made(factory: Callable[..., Any], kwargs: Mapping[str, Any]) -> Callable[..., Any]:
+    """The reward function that a factory returns for `kwargs`. Raises ValueError if the factory fails."""
     try:
         inspect.signature(factory).bind(**kwargs)
     except TypeError as error:
@@ -55,17 +57,17 @@ def made(factory: Callable[..., Any], kwargs: Mapping[str, Any]) -> Callable[...
     except ValueError:
         raise
     except Exception as error:  # other people's code, before the run
-        raise ValueError(f"it cannot be made ready: {type(error).__name__}: {error}") from error
+        raise ValueError(f"the factory raised {type(error).__name__}: {error}") from error
     if not callable(made):
         raise ValueError(
-            "it takes neither completions nor **kwargs, so it was called as a factory with the recipe's kwargs; "
-            f"that should give a reward function, not {made!r:.80}"
+            "it takes neither completions nor **kwargs, so grpo called it as a factory with the recipe's kwargs. A "
+            f"factory must return a reward function; this one returned {made!r:.80}"
         )
     return made  # type: ignore[no-any-return]
 
 
 def taker(function: Callable[..., Any]) -> Callable[[str], bool]:
-    """Whether the function takes an argument of a name."""
+    """A predicate that says whether the function takes an argument of a given name."""
     try:
         parameters = inspect.signature(function).parameters
     except ValueError:
@@ -75,7 +77,7 @@ def taker(function: Callable[..., Any]) -> Callable[[str], bool]:
 
 
 def takes_environments(function: Callable[..., Any]) -> bool:
-    """Whether a function takes `environments`: as a parameter, or out of its `**kwargs`, where its code names it."""
+    """Whether a function takes `environments`: as a parameter, or as a key that its code reads from `**kwargs`."""
     try:
         parameters = inspect.signature(function).parameters
     except ValueError:
@@ -104,7 +106,7 @@ def _check_type(name: str, value: Any, annotation: Any) -> None:
 
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
-    except PydanticUserError:  # a type with a configuration of its own
+    except PydanticUserError:  # the type has its own pydantic configuration
         adapter = TypeAdapter(annotation)
     try:
         adapter.validate_json(_json(value), strict=True)

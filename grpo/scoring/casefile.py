@@ -1,4 +1,4 @@
-"""The cases that a reward must get right, where they are written: in its own file, or in one beside it."""
+"""Reads the cases of a reward (completions with expected scores) from its own file or from a separate file."""
 
 from __future__ import annotations
 
@@ -12,33 +12,34 @@ from typing import Any
 from grpo.errors import UserError
 from grpo.plugins import Located, load_file
 
-FORMS = "a list of cases, or a dictionary of such lists by function"
+FORMS = "a list of cases, or a dictionary from function names to lists of cases"
 
 
 def find_cases(
     function: Callable[..., Any] | None, located: Located, file: str | None
 ) -> tuple[list[Any], Callable[[], Any]]:
-    """The cases of `function` (None: of a model), and the context manager that gives them arguments.
+    """The cases of `function` (None for a model), and the context manager that provides their arguments.
 
-    They are the `CASES` of its own module, or those of `file`: Python with `CASES`, JSON, or JSON lines. Cases that
-    belong to one of several functions name it: as keys of a dictionary of lists, or each under `reward`. Raises
-    UserError for a file that has none, and for a name that is no function of the module.
+    The cases are the `CASES` of the function's module, or the content of `file`: Python with `CASES`, JSON, or JSON
+    lines. In a file with several functions, cases name their function: as the key in a dictionary of lists, or in each
+    case under `reward`. Raises UserError for a Python file without `CASES`, and for a name that is not a function of
+    the module.
     """
-    own = None if function is None else sys.modules.get(function.__module__)
+    home = None if function is None else sys.modules.get(function.__module__)
     if file is None:
-        given, module = getattr(own, "CASES", []), own
+        given, module = getattr(home, "CASES", []), home
     else:
         given, module = _read(Path(file))
     cases = _by_function(given)
-    if file is None and (unknown := [name for name in cases if name is not None and not hasattr(own, name)]):
-        raise UserError(f"CASES: there are cases for {unknown[0]!r}, and the file has no function of that name")
+    if file is None and (unknown := [name for name in cases if name is not None and not hasattr(home, name)]):
+        raise UserError(f"CASES has cases for {unknown[0]!r}, but the file has no function of that name")
     names = {None, located.where.rpartition(":")[2], located.name}
     found = [case for name, listed in cases.items() if name in names for case in listed]
     return found, getattr(module, "case_kwargs", contextlib.nullcontext)
 
 
 def _by_function(given: Any) -> dict[str | None, list[Any]]:
-    """The cases under the names of their functions, None for those without."""
+    """The cases by function name; cases without a name are under None."""
     if isinstance(given, dict):
         if not all(isinstance(listed, list | tuple) for listed in given.values()):
             raise UserError(f"CASES: expected {FORMS}, got {given!r:.80}")
@@ -55,12 +56,12 @@ def _by_function(given: Any) -> dict[str | None, list[Any]]:
 
 
 def _read(path: Path) -> tuple[Any, Any]:
-    """What a file of cases holds, and its module if it is Python."""
+    """The cases in a file, and the module if the file is Python."""
     try:
         if path.suffix == ".py":
             module = load_file(f"cases {path}", path)
             if not hasattr(module, "CASES"):
-                raise UserError(f"cases {path}: there is no CASES in it")
+                raise UserError(f"cases {path}: the file defines no CASES")
             return module.CASES, module
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":

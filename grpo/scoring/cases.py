@@ -1,8 +1,8 @@
-"""A reward function tried out: the cases that it must grade right, then completions that nobody would write.
+"""Tests a reward function: first its cases, then a fuzz of unusual completions.
 
-A case is a dictionary: `completion` and the `score` it must get; `kwargs` for the function; whatever else is there is a
-column of the dataset. `casefile` says where cases are written. Where they need something to run against,
-`case_kwargs()` is a context manager that gives further arguments.
+A case is a dictionary with `completion`, the expected `score`, and `kwargs` for the function; every other key is a
+column of the dataset. `casefile` says where cases are written. If cases need a resource, such as a server, the file
+defines a context manager `case_kwargs()` that yields further arguments.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from grpo.scoring.process import WorkerTerms
 from grpo.scoring.trying import SHORT, cases_of, grader_of
 
 TOGETHER = 4
-"""Completions of the fuzz that are given in one call: most mistakes in how many scores are returned show only there."""
+"""Number of fuzz completions passed in one call: a wrong number of scores usually shows only with several."""
 EXACT, CLOSE = 1e-9, 0.01
-"""How far a score may be from what a case says: of a function, and of a model, whose dtype decides its last digits."""
+"""Absolute tolerance for a case's score: for a function, and for a model, whose last digits depend on its dtype."""
 OUR_KEYS = ("completion", "score", "kwargs")
 
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """One completion, and what the function made of it. `wrong` says what should not be so, if anything."""
+    """One completion and its score. `wrong` describes the failure or the wrong score, if any."""
 
     completion: Any
     score: float | None
@@ -43,8 +43,8 @@ class Tried:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything that was tried on a reward; `cases` in the order of its file. `together` says what is wrong with a
-    call of several completions, as a run makes it, if anything."""
+    """The results of testing a reward; `cases` are in the order of the file. `together` describes what went wrong in a
+    call with several completions, as a run makes it, if anything."""
 
     cases: list[Tried]
     fuzz: list[Tried]
@@ -52,9 +52,9 @@ class Report:
 
     @property
     def all_none(self) -> bool:
-        """Whether it returned None for everything, and failed on nothing: it would train nothing."""
-        tried = [*self.cases, *self.fuzz]
-        return bool(tried) and all(one.score is None and one.wrong is None for one in tried)
+        """Whether the reward returned None for every completion without a failure: a run would learn nothing."""
+        results = [*self.cases, *self.fuzz]
+        return bool(results) and all(tried.score is None and tried.wrong is None for tried in results)
 
     @property
     def wrong(self) -> list[Tried]:
@@ -63,11 +63,11 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """How a reward is tried out: its arguments and terms, and what cases it gets.
+    """How to test a reward: its arguments, its worker's terms, and its cases.
 
-    `kwargs` are for the fuzz, and for cases without an argument that the function must have. `columns` are for the
-    fuzz, and for cases that lack them. `chat`: completions and prompts are messages. `cases`: the file that holds the
-    cases, in the place of the reward's own.
+    `kwargs` are for the fuzz, and for cases that lack a required argument. `columns` are for the fuzz, and for cases
+    that lack these columns. `chat`: completions and prompts are messages. `cases`: a file of cases that replaces the
+    reward's own cases.
     """
 
     kwargs: Mapping[str, Any]
@@ -79,14 +79,15 @@ class Trial:
 
 
 def try_out(located: Located, trial: Trial) -> Report:
-    """Run the cases, then the fuzz with the columns of the first case, each completion in a call of its own.
+    """Run the cases, then the fuzz with the columns of the first case, one completion per call.
 
-    Raises UserError for a function that cannot be had or called so, and for a trial that would try nothing.
+    Raises UserError for a function that cannot be loaded or called with these arguments, and for a trial without cases
+    and without the fuzz.
     """
     with cases_of(located, trial.terms, trial.cases) as (found, case_kwargs):
         cases = [_whole(case, case_kwargs, trial) for case in found]
         if not cases and not trial.fuzz:
-            raise UserError(f"reward {located.name!r}: it has no cases, and without the fuzz there is nothing to try")
+            raise UserError(f"reward {located.name!r} has no cases, so without the fuzz there is nothing to test")
         by_place: dict[int, Tried] = {}
         for places in _by_kwargs(cases):
             by_place |= zip(places, _tried(located, [cases[at] for at in places], trial), strict=True)
@@ -102,7 +103,7 @@ def try_out(located: Located, trial: Trial) -> Report:
 
 
 def fuzz_texts() -> Iterator[str]:
-    """Empty, huge, foreign and hostile completions."""
+    """Yield empty, huge, foreign-language and hostile completions."""
     yield from (
         "",
         " ",
@@ -138,13 +139,13 @@ def _tried(located: Located, cases: list[dict[str, Any]], trial: Trial) -> list[
 def _called(
     located: Located, cases: Sequence[Mapping[str, Any]], terms: WorkerTerms, expected: Sequence[float | None] | None
 ) -> list[Tried]:
-    """Each of `cases`, which share their kwargs, in a call of its own."""
+    """The results of `cases`, which share their kwargs, with one call per case."""
     with grader_of(located, cases[0]["kwargs"], terms, "completion") as grader:
         names = _columns_of(cases)
         if grader.takes_environments:
             raise UserError(
-                f"reward {located.name!r}: it takes `environments`, so it needs conversations that have taken place, "
-                "and cannot be tried on cases: try it in a run of one step (grpo train RECIPE optim.steps=1)"
+                f"reward {located.name!r} takes `environments`, so it needs real conversations and cannot be tested on "
+                "cases: test it in a run of one step (grpo train RECIPE optim.steps=1)"
             )
         if problem := grader.problem(names):
             raise UserError(f"reward {located.name!r}: {problem}. {_cases_advice(problem, names, expected is None)}")
@@ -162,9 +163,9 @@ def _called(
 
 
 def _wrong_together(located: Located, cases: Sequence[Mapping[str, Any]], terms: WorkerTerms) -> str | None:
-    """What is wrong with a call of all of `cases`, which share their kwargs and are one group, as a run makes it.
+    """The error of one call with all of `cases`, as a run makes it; None if some completion was scored.
 
-    Only what is wrong with every one of them is said; a reward that takes one completion a call has nothing to try.
+    The cases share their kwargs and form one group. A reward that takes one completion per call is not tested.
     """
     with grader_of(located, cases[0]["kwargs"], terms) as grader:
         if grader.calls == "completion":
@@ -178,7 +179,7 @@ def _columns_of(cases: Sequence[Mapping[str, Any]]) -> set[str]:
 
 
 def _request(cases: Sequence[Mapping[str, Any]], names: Collection[str], sizes: list[int]) -> ScoringRequest:
-    """What scores the cases, with the columns `names`, in groups of `sizes`."""
+    """The scoring request for the cases, with the columns `names`, in groups of `sizes`."""
     columns: dict[str, list[Any]] = {
         "prompts": ["?" if isinstance(case.get("completion", ""), str) else _MESSAGES for case in cases],
         "completions": [case.get("completion", "") for case in cases],
@@ -189,15 +190,15 @@ def _request(cases: Sequence[Mapping[str, Any]], names: Collection[str], sizes: 
 
 
 def _cases_advice(problem: str, columns: Collection[str], no_cases: bool) -> str:
-    """Where the columns of the dataset that a function asks for come from when it is tried out."""
+    """A sentence on how to provide the columns that the function misses."""
     if not no_cases:
-        return f"Its cases give it the columns {', '.join(sorted(columns))}" if columns else "Its cases give no columns"
+        return f"Its cases have the columns {', '.join(sorted(columns))}" if columns else "Its cases have no columns"
     wanted = re.findall(r"'(\w+)'", problem.partition(";")[0]) or ["answer"]
     form = ", ".join(f'"{name}": "7"' for name in wanted)
     return (
-        f"It has no cases, and a case is what gives columns such as {wanted[0]}: "
-        f'CASES = [{{"completion": "It is 7.", {form}, "score": 1.0}}] in its file or in one that --cases names; '
-        f"--column {wanted[0]}=7 gives one for the fuzz"
+        f"Columns such as {wanted[0]} come from cases, and the reward has none. Write cases in its file, or in a file "
+        f'for --cases: CASES = [{{"completion": "It is 7.", {form}, "score": 1.0}}]. For the fuzz alone, '
+        f"--column {wanted[0]}=7 is enough"
     )
 
 
@@ -205,18 +206,21 @@ _MESSAGES = [{"role": "user", "content": "?"}]
 
 
 def _whole(case: Any, given: Mapping[str, Any], trial: Trial) -> dict[str, Any]:
-    """A case with all its arguments and columns, in the form asked for. Raises UserError for what is no case."""
+    """A case with all its arguments and columns, in the form that the trial uses. Raises UserError for an invalid
+    case."""
     if not isinstance(case, dict) or not isinstance(case.get("kwargs", {}), dict):
-        raise UserError(f"CASES: {case!r:.80} is no dictionary of completion, score, kwargs (a dictionary) and columns")
+        raise UserError(
+            f"CASES: a case is a dictionary of completion, score, kwargs (a dictionary) and columns, not {case!r:.80}"
+        )
     if not isinstance(case.get("score", ""), int | float | None):
-        raise UserError(f"CASES: {case!r:.80} has no score: a number, or None")
+        raise UserError(f"CASES: {case!r:.80} needs a score: a number, or None")
     if trial.chat and "completion" in case:
         case = {**case, "completion": as_messages(case["completion"], "assistant")}
     return {**trial.columns, **case, "kwargs": {**given, **case.get("kwargs", {})}}
 
 
 def _by_kwargs(cases: Sequence[dict[str, Any]]) -> list[list[int]]:
-    """The places of cases that one function, made ready once, can answer."""
+    """The indices of the cases, grouped by equal kwargs and columns: one loaded function can answer each group."""
     alike: dict[str, list[int]] = {}
     for place, case in enumerate(cases):
         columns = sorted(set(case) - set(OUR_KEYS) - set(GIVEN))
@@ -225,7 +229,7 @@ def _by_kwargs(cases: Sequence[dict[str, Any]]) -> list[list[int]]:
 
 
 def _ids(text: str) -> list[int]:
-    """Stands in for a tokenizer: a token a word, at least one."""
+    """Token ids without a tokenizer: one token per word, at least one token."""
     return [zlib.crc32(word.encode(errors="replace")) % 1000 for word in text.split()[:10_000]] or [0]
 
 

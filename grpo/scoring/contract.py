@@ -1,7 +1,7 @@
-"""TRL's contract for one reward function: how it is made ready, what it receives, what it may answer.
+"""TRL's contract for a reward function: how grpo loads it, which arguments it receives, what it may return.
 
 `f(prompts, completions, completion_ids, **columns, trainer_state, log_extra, log_metric) -> list[float | None]`, plain
-or `async`. Whatever else it does is a failure, and described. This module is imported by worker processes, so it
+or `async`. Anything else is recorded as a failure with a description. Worker processes import this module, so it
 imports nothing heavy.
 """
 
@@ -29,24 +29,25 @@ if TYPE_CHECKING:
     import asyncio
 
 Columns = Mapping[str, Sequence[Any]]
-"""A value for each completion, by name."""
+"""Column name to a list with one value per completion."""
 
 LONGEST_MESSAGE, FRAMES = 2000, 10
-"""Of an error: characters of what was raised, and calls that led there."""
+"""Limits on a recorded error: characters of the exception's message, and traceback frames."""
 LARGEST = 1e15
-"""The largest score: beyond it a group's deviation would overflow float32."""
+"""The largest score: with larger scores, a group's standard deviation would overflow float32."""
 
 
 UNUSABLE = "not a usable number"
-"""How the error of a single score begins that is no number, or not finite."""
+"""Start of the error for a score that is not a number, or not finite."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one call came to: a score or None for each completion, and for those that it failed on, why.
+    """The result of one call: a score or None per completion, and an error per failed completion.
 
-    `kind` says of what kind the failures are. `extras` holds a value for each completion by column (`log_extra`),
-    `metrics` values by name (`log_metric`). `fatal`: the function's process did not survive the call.
+    `failures` maps a completion's index to its error; `kind` is the kind of these failures. `extras` holds one value
+    per completion by column (`log_extra`), `metrics` holds values by name (`log_metric`). `fatal`: the function's
+    process died in the call or was killed.
     """
 
     values: list[float | None]
@@ -59,16 +60,16 @@ class Answer:
 
     @staticmethod
     def failed(count: int, error: str, kind: FailureKind = "error", seconds: float = 0.0) -> Answer:
-        """The answer of a call that failed for all of its completions."""
+        """The answer of a call that failed for all its completions."""
         return Answer([None] * count, dict.fromkeys(range(count), error), seconds=seconds, kind=kind)
 
 
 class Reward:
-    """A function with the recipe's arguments for it.
+    """A reward function with its arguments from the recipe.
 
-    `form` is the form of completions and prompts that the recipe says it reads, `system` the system message before text
-    prompts. `run` waits for what an asynchronous function gives; by default on an event loop of its own. Raises
-    ValueError where the arguments do not fit: the message says how.
+    `form` is the recipe's setting for the form of completions and prompts, `system` is the system message before text
+    prompts. `run` runs the coroutine of an asynchronous function; by default, each `Reward` has an event loop. Raises
+    ValueError if the arguments do not fit.
     """
 
     def __init__(
@@ -89,14 +90,14 @@ class Reward:
         self._system = system
         self._has_answered = False
         self._takes = taker(function)
-        runner = functools.cache(_runner)  # one event loop for all calls: clients and locks belong to one
+        runner = functools.cache(_runner)  # one event loop for all calls: clients and locks are bound to their loop
         self._run = run or (lambda coroutine: runner().run(coroutine))
 
     def problem(self, columns: Collection[str]) -> str | None:
-        """Why the function could not be called with these columns of the dataset; None if it can be."""
+        """Why the function cannot be called with these columns of the dataset; None if it can."""
         given = {*columns, *GIVEN} - {"prompt"}
         if twice := given & set(self.kwargs):
-            return f"kwargs.{min(twice)}: the dataset has a column of that name"
+            return f"kwargs.{min(twice)}: the dataset has a column of the same name"
         try:
             inspect.signature(self.function).bind(
                 **dict.fromkeys(given), **self.kwargs, **self._taken(dict.fromkeys(HOOKS))
@@ -104,13 +105,13 @@ class Reward:
         except ValueError:  # a builtin without a signature
             return None
         except TypeError as error:
-            return f"{error}; it is called with {', '.join(sorted(given))} (take **_ for the rest)"
+            return f"{error}; grpo calls it with {', '.join(sorted(given))} (let it take **_ for those it does not use)"
         return None
 
     def __call__(self, columns: Columns, state: Mapping[str, Any]) -> Answer:
-        """Score the completions of `columns`. Raises KeyboardInterrupt alone: it asks the process to stop.
+        """Score the completions of `columns`. Raises only KeyboardInterrupt, which asks the process to stop.
 
-        A MemoryError or a SystemExit is the function's failure, like all else that it raises.
+        Every other exception of the function is recorded as a failure, MemoryError and SystemExit included.
         """
         began = time.perf_counter()
         answer = self._tried(columns, self._forms, state)
@@ -124,11 +125,12 @@ class Reward:
         return replace(answer, seconds=time.perf_counter() - began)
 
     def _asks_for_messages(self, columns: Columns, state: Mapping[str, Any], error: BaseException) -> bool:
-        """Whether the function failed because it was given texts; an empty text fails at its first character.
+        """Whether the function failed because it expects messages and was given texts.
 
-        Other mistakes look alike, such as a column or a judge's reply that is read as a dictionary. So the function is
-        called with one completion that knows whether it was the one. Not if it has answered on texts before, and not if
-        its file says that calls cost money.
+        Other mistakes raise the same errors, for example reading a column or a judge's reply as a dictionary. So this
+        calls the function again with the longest completion as a `Probe`, which detects such a use (an empty text
+        raises IndexError instead). It does not if the function has scored texts before, or if its file says that calls
+        cost money.
         """
         if self._forms["completions"] is not None or self._has_answered or self._paid:
             return False
@@ -144,13 +146,13 @@ class Reward:
         if not (self._paid and self._forms["completions"] is None and expects_messages(error)):
             return said
         what, newline, frames = said.partition("\n")
-        return f"{what} (if it reads chat messages, write completions: messages beside its `use`){newline}{frames}"
+        return f"{what} (if it reads chat messages, write completions: messages next to its `use`){newline}{frames}"
 
     def _tried_with_messages(self, columns: Columns, state: Mapping[str, Any]) -> Answer | None:
-        """The answer on messages, which the function gets from there on; None where it fails on them too."""
+        """The answer on messages, and from now on the function gets messages; None if it fails on messages too."""
         forms: dict[str, Form | None] = dict.fromkeys(ROLES, "messages")
         answer = self._tried(columns, forms, state)
-        if isinstance(answer, BaseException):  # it was no question of form: the first error says more
+        if isinstance(answer, BaseException):  # the form was not the cause: the first error is more useful
             return None
         self._forms = forms
         return answer
@@ -162,11 +164,11 @@ class Reward:
             return self._called(columns, forms, state)
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # other people's code: recorded, shown, kept out of the gradient
+        except BaseException as error:  # the user's code: the error is recorded and kept out of the gradient
             return error
 
     def _called(self, columns: Columns, forms: Mapping[str, Form | None], state: Mapping[str, Any]) -> Answer:
-        """One call's answer. Raises what the function raises."""
+        """The answer of one call. Raises what the function raises."""
         count = len(columns["completions"])
         extras: dict[str, list[Any]] = {}
         metrics: dict[str, list[float]] = {}
@@ -175,11 +177,11 @@ class Reward:
             check_column(column)
             if len(values) != count:
                 raise ValueError(f"log_extra({column!r}): {len(values)} values for {count} completions")
-            extras[column] = json.loads(json.dumps(list(values), default=str))  # wherever it runs, what can be stored
+            extras[column] = json.loads(json.dumps(list(values), default=str))  # storable, in a worker or inline
 
         def log_metric(name: str, value: float) -> None:
             check_metric(name)
-            if math.isfinite(number := float(value)):  # the mean of nothing is NaN: there is nothing to tell
+            if math.isfinite(number := float(value)):  # a mean over nothing is NaN: nothing to log
                 metrics.setdefault(name, []).append(number)
 
         hooks = {"trainer_state": SimpleNamespace(**state), "log_extra": log_extra, "log_metric": log_metric}
@@ -194,29 +196,30 @@ class Reward:
 
 
 def calls_of(function: Callable[..., Any]) -> str:
-    """What one call gets, as the function's file says: `CALLS = "step"`, `"group"` or `"completion"`."""
+    """What one call gets: the `CALLS` of the function's file (`"step"`, `"group"` or `"completion"`), by default a
+    step's completions. Raises ValueError for another value."""
     module = sys.modules.get(getattr(function, "__module__", ""))
     calls = getattr(module, "CALLS", "step")
     if calls not in ("step", "group", "completion"):
-        raise ValueError(f"CALLS = {calls!r} in its file: it is step, group or completion")
+        raise ValueError(f"CALLS = {calls!r} in its file: expected step, group or completion")
     return str(calls)
 
 
 def is_paid(function: Callable[..., Any]) -> bool:
-    """Whether a call costs money, as the function's file says by `PAID = True`."""
+    """Whether a call costs money: the function's file says so by `PAID = True`."""
     return bool(getattr(sys.modules.get(getattr(function, "__module__", "")), "PAID", False))
 
 
 def checked(values: Any, count: int) -> tuple[list[float | None], dict[int, str]]:
-    """What a function returned, against the contract: scores, and what is wrong by place.
+    """The scores in a function's return value, and an error per index for what breaks the contract.
 
-    An exception in the place of a score says what went wrong with that completion alone.
+    A function may return an exception instead of a score: only that completion failed.
     """
     if not isinstance(values, list):
-        wrong = f"a list with a number or None for each completion was expected, not {values!r:.80}"
+        wrong = f"expected a list with a number or None per completion, got {values!r:.80}"
         return [None] * count, dict.fromkeys(range(count), wrong)
     if len(values) != count:
-        wrong = f"{counted(len(values), 'score')} for {counted(count)}; a reward returns one for each"
+        wrong = f"{counted(len(values), 'score')} for {counted(count)}; a reward returns one score per completion"
         return [None] * count, dict.fromkeys(range(count), wrong)
     scores = [_number(value) for value in values]
     return scores, {
@@ -229,7 +232,7 @@ def checked(values: Any, count: int) -> tuple[list[float | None], dict[int, str]
 
 
 def _raised(error: BaseException) -> str:
-    """What was raised, then the last lines that led there, from the reward function inwards."""
+    """The exception's message, then the innermost traceback frames, without those of this module."""
     inner = error.__traceback__
     while inner is not None and inner.tb_frame.f_code.co_filename == __file__:
         inner = inner.tb_next
@@ -238,7 +241,7 @@ def _raised(error: BaseException) -> str:
 
 
 def _runner() -> asyncio.Runner:
-    import asyncio  # a fifth of a worker's start, which few functions need
+    import asyncio  # takes a fifth of a worker's start, and few functions need it
 
     return asyncio.Runner()
 
@@ -248,16 +251,16 @@ async def _awaited(answer: Any) -> Any:
 
 
 def _is_listlike(values: Any) -> bool:
-    """Lists, tuples, arrays, generators; not what only happens to be iterable."""
+    """Whether `values` is a list, tuple, array or generator, rather than a text, mapping or set."""
     return isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping | Set)
 
 
 def _number(value: Any) -> float | None:
-    """The value as a float, or None for what is not a number between ± LARGEST (numpy's scalars are numbers)."""
+    """The value as a float, or None if it is not a number within ± LARGEST (numpy's scalars are numbers)."""
     if value is None or isinstance(value, str | bytes):
         return None
     try:
         number = float(value)
-    except Exception:  # an object of other people's
+    except Exception:  # an object whose __float__ is the user's code
         return None
     return number if abs(number) <= LARGEST else None  # false for NaN

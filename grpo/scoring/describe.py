@@ -1,4 +1,4 @@
-"""Rewards in words: what one grades and takes, and what became of it when it was tried out."""
+"""Describes rewards in text: what a reward grades, which arguments it takes, and the results of its test."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WIDTH = 100
 
 
 def describe(located: Located) -> list[str]:
-    """What a reward grades, the columns it reads, and the arguments it takes."""
+    """Lines with what a reward grades, the columns it reads, and the arguments it takes."""
     try:
         function = located.load()
     except UserError as error:
@@ -37,18 +37,18 @@ def describe(located: Located) -> list[str]:
 
 
 def describe_models() -> list[str]:
-    """What a recipe may also name by `use`, and is no function: models that grade, and the arguments they take."""
+    """Lines about the models that a recipe's `use` may name instead of a function, and their arguments."""
     judge, model = JudgeConfig.model_fields, RewardModelConfig.model_fields
     return [
-        f"{'judge':<14} The model that trains, as it was at the start: the probability that it says Yes of an answer.",
+        f"{'judge':<14} The model in training, as it was at the start: the probability that it answers Yes.",
         f"{'':<14} kwargs: {', '.join(judge)}",
-        f"{'model:NAME':<14} The score of a reward model: a sequence classifier of one label, of the Hub or a folder.",
+        f"{'model:NAME':<14} The score of a reward model: a sequence classifier with one label (Hub or folder).",
         f"{'':<14} kwargs: {', '.join(model)}",
     ]
 
 
 def report_lines(report: Report) -> list[str]:
-    """What went wrong, completion by completion (those of the fuzz that went wrong alike on one line), and the sums."""
+    """Lines with each failed case, the fuzz's failures (one line per distinct error), and the totals."""
     lines = [
         f"case {place} ({_short(tried.completion)}): {tried.wrong}"
         for place, tried in enumerate(report.cases, 1)
@@ -69,8 +69,8 @@ def report_lines(report: Report) -> list[str]:
         lines.append(f"several completions in one call, as in a run: {report.together}")
     if report.all_none:
         lines.append(
-            "warning: it returned None for every completion. None means that a reward does not apply, so a run would "
-            "learn nothing from it: return a number, or give it the column that it looks at (CASES, --column)"
+            "warning: the reward returned None for every completion. None means that a reward does not apply, so a run "
+            "would learn nothing from it: return a number, or provide the column that it reads (CASES, --column)"
         )
     return lines
 
@@ -90,7 +90,7 @@ def _short(completion: object) -> str:
 
 
 def _columns(function: Function) -> list[str]:
-    """The columns of the dataset that it cannot do without."""
+    """The columns of the dataset that the function requires."""
     if is_factory(function):
         return []
     return [

@@ -1,14 +1,14 @@
 """Completions and prompts as texts or as chat messages: each reward function gets the form that it reads.
 
-TRL gives messages for a dataset of messages and texts for a dataset of texts. Here a prompt is often a template over
-columns that the chat template wraps later, and whether a model has a chat template is no business of a reward. So what
-a function says it reads comes first: by `rewards[].completions` in the recipe, by its annotations
-(`completions: list[str]`, `completions: list[list[dict[str, str]]]`), or by failing on texts as a function for
-messages does, at the text itself. All others get what the dataset has. Worker processes import this.
+TRL passes messages for a dataset of messages and texts for a dataset of texts. In grpo, a prompt is often a template
+over columns that the chat template wraps later, and a reward should not depend on whether a model has a chat template.
+So the form that a function declares comes first: by `rewards[].completions` in the recipe, by its annotations
+(`completions: list[str]`, `completions: list[list[dict[str, str]]]`), or by failing because it uses a text as a list
+of messages. All other functions get the form of the dataset. Worker processes import this module.
 
 A conversation with an environment or tools is a list of messages: the assistant's, the tools' and the environment's. A
-function that reads texts gets what the assistant said in all its turns, one below the other (`text.said`), and of the
-prompt the last message.
+function that reads texts gets the assistant's turns, joined by line breaks (`text.said`), and the last message of the
+prompt.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from grpo.scoring.text import as_text, said
 
 Form = Literal["text", "messages"]
 ROLES = {"completions": "assistant", "prompts": "user"}
-"""The columns that have a form, and who speaks in them."""
+"""The columns that have a form, and the role of a text's message in each."""
 
 
 def declared_form(function: Callable[..., Any], column: str) -> Form | None:
-    """The form that a function's annotation of `column` says; None where there is none, or one that says neither."""
+    """The form that a function's annotation of `column` declares; None without an annotation, or with another one."""
     try:
         annotation = inspect.signature(function, eval_str=True).parameters[column].annotation
-    except Exception:  # no such parameter, a builtin without a signature, names that only exist for type checkers
+    except Exception:  # no such parameter, a builtin without a signature, names that exist only for type checkers
         return None
     item = (typing.get_args(annotation) or [None])[0] if _is_sequence(annotation) else None
     if item is str:
@@ -39,7 +39,7 @@ def declared_form(function: Callable[..., Any], column: str) -> Form | None:
 
 
 def expects_messages(error: BaseException) -> bool:
-    """Whether a function that was given texts failed as one for messages may, at `completion[0]["content"]`."""
+    """Whether a function failed on texts with an error that `completion[0]["content"]` raises on a text."""
     if type(error) is TypeError:
         return str(error).startswith("string indices must be integers")
     return type(error) is AttributeError and str(error) == "'str' object has no attribute 'get'"
@@ -50,7 +50,7 @@ class AskedForMessages(TypeError):
 
 
 class Probe(str):
-    """A text that says so when it is used as a list of messages, itself or a character of it as a message."""
+    """A text that raises AskedForMessages when it, or one of its characters, is used as a message."""
 
     __slots__ = ()
 
@@ -67,9 +67,9 @@ class Probe(str):
 
 
 def in_form(columns: Mapping[str, Any], forms: Mapping[str, Form | None], system: str | None) -> dict[str, Any]:
-    """The same columns, with `prompts` and `completions` in the forms given; None leaves a column as it is.
+    """The columns with `prompts` and `completions` in the given forms; None leaves a column as it is.
 
-    A prompt's messages are those that the model was given: `system` comes before a text that the chat template wraps.
+    A prompt's messages are the messages that the model got: `system` comes before a text that the chat template wraps.
     """
     made = dict(columns)
     for column, form in forms.items():
@@ -82,7 +82,7 @@ def in_form(columns: Mapping[str, Any], forms: Mapping[str, Form | None], system
 
 
 def as_messages(value: Any, role: str, system: str | None = None) -> Any:
-    """Messages as they are; a text as one message, after the system's if there is a system message."""
+    """Messages unchanged; a text as one message, after the system message if there is one."""
     if not isinstance(value, str):
         return value
     before = [] if system is None else [{"role": "system", "content": system}]

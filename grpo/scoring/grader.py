@@ -1,4 +1,4 @@
-"""A reward of a recipe, in this process or in a worker of its own, and what it is called with."""
+"""A reward function in this process (`Inline`) or in a worker process (`Isolated`), and the request that it scores."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from grpo.scoring.process import Span, Worker, WorkerTerms
 from grpo.types import Conversation
 
 Answers = list[tuple[Span, Answer]]
-"""An answer for each call, in the order of the completions that the calls got."""
+"""One answer per call with the span of the call's completions, in order."""
 
 
 class ScoringRequest:
     """The completions to score: their columns, the sizes of their groups, and the trainer's state.
 
-    `conversations` are those that the completions are of, None for a single answer. The columns are pickled once for
+    `conversations` has the conversation of each completion, None for a single answer. The columns are pickled once for
     all workers.
     """
 
@@ -41,7 +41,7 @@ class ScoringRequest:
         self._lock = threading.Lock()
 
     def spans(self, calls: str) -> list[Span]:
-        """Which completions each call gets, at least one."""
+        """The spans of completions for each call. `calls` is `step`, `group` or `completion`; no span is empty."""
         sizes: Iterable[int] = {"step": [self.count], "group": self.sizes, "completion": [1] * self.count}[calls]
         ends: list[int] = []
         for size in sizes:
@@ -56,7 +56,7 @@ class ScoringRequest:
 
 
 class Inline:
-    """A function in the trainer's own process: fast, and trusted."""
+    """A function that runs in the trainer's process: fast, but without a time limit or a memory limit."""
 
     def __init__(
         self,
@@ -76,70 +76,73 @@ class Inline:
             raise UserError(f"reward {name!r}: {error}") from None
 
     def problem(self, columns: Collection[str]) -> str | None:
-        """Why it could not be called with these columns of the dataset; None if it can be."""
+        """Why the function cannot be called with these columns of the dataset; None if it can."""
         return self._reward.problem(columns)
 
     def score(self, request: ScoringRequest) -> Answers:
-        """An answer for each call."""
+        """One answer per call."""
         return [
             ((begin, end), self._reward({n: v[begin:end] for n, v in request.columns.items()}, request.state))
             for begin, end in request.spans(self.calls)
         ]
 
     def wait_ready(self) -> None:
-        """Nothing to wait for: the function is imported already."""
+        """Nothing to wait for: the function is already imported."""
 
     def close(self) -> None:
-        """Nothing is left behind."""
+        """Nothing to close: there is no process."""
 
 
 class Isolated:
-    """A function in a worker process."""
+    """A function that runs in a worker process."""
 
     def __init__(
         self, located: Located, kwargs: Mapping[str, Any], terms: WorkerTerms, calls: str | None = None
     ) -> None:
-        """Starts the worker, and does not wait for it. Raises UserError for a variable in `terms.env` that is unset."""
+        """Start the worker without waiting for it. Raises UserError for an unset variable of `terms.env`."""
         self.name, self._calls = located.name, calls
         self.worker = Worker(located, kwargs, terms)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"reward {self.name}")  # a worker is for one at a time
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"reward {self.name}")  # one thread uses a worker
 
     @property
     def calls(self) -> str:
-        """What one call gets: see `calls_of`. Known once it is ready."""
+        """What one call gets: see `calls_of`. Available after `wait_ready`."""
         return self._calls or self.worker.calls
 
     @property
     def paid(self) -> bool:
-        """Whether a call costs money. Known once it is ready."""
+        """Whether a call costs money. Available after `wait_ready`."""
         return self.worker.paid
 
     @property
     def takes_environments(self) -> bool:
-        """Whether it takes the argument `environments`. Known once it is ready."""
+        """Whether the function takes the argument `environments`. Available after `wait_ready`."""
         return self.worker.takes_environments
 
     def wait_ready(self) -> None:
-        """Wait until it is imported. Raises UserError where that cannot be done, or its arguments do not fit."""
+        """Wait until the worker has imported the function. Raises UserError if the import fails, or if the arguments
+        do not fit."""
         self.worker.wait_ready()
 
     def problem(self, columns: Collection[str]) -> str | None:
+        """Why the function cannot be called with these columns of the dataset; None if it can."""
         return self.worker.problem(columns)
 
     def begin(self) -> None:
-        """A new scoring, of one or of several requests."""
+        """Begin a scoring, which may have several requests."""
         self.worker.begin()
 
     def submit(self, score: Callable[[ScoringRequest], Answers], request: ScoringRequest) -> Future[Answers]:
-        """What `score` makes of a request: in a thread, after all that was submitted before."""
+        """The future of `score(request)`, which runs in the worker's thread after the earlier submissions."""
         return self._thread.submit(score, request)
 
     def score(self, request: ScoringRequest) -> Answers:
+        """One answer per call."""
         spans = request.spans(self.calls)
         try:
             columns = request.pickled()
-        except Exception as error:  # a value of the dataset's that refuses
-            said = f"the dataset's columns cannot be sent to its process: {type(error).__name__}: {error}"
+        except Exception as error:  # a value of the dataset cannot be pickled
+            said = f"the dataset's columns cannot be sent to the reward's process: {type(error).__name__}: {error}"
             return [((begin, end), Answer.failed(end - begin, said)) for begin, end in spans]
         return list(zip(spans, self.worker.score(columns, spans, request.state), strict=True))
 
@@ -149,10 +152,9 @@ class Isolated:
 
 
 def make_grader(config: RewardConfig, system: str | None = None, function: Function | None = None) -> Inline | Isolated:
-    """The reward that a recipe's line means; `system` is the message before text prompts, which it may be shown.
+    """The grader of a reward function in the recipe; `system` is the system message before text prompts.
 
-    A `function` that was given as an object is taken as it is, in this process. Raises UserError for a reward that
-    cannot be had.
+    A `function` that was passed as an object runs in this process. Raises UserError for a reward that cannot be loaded.
     """
     located = locate_reward(config.use)
     located = Located(config.name or located.name, located.where, located.what)

@@ -1,4 +1,4 @@
-"""What to do about a reward that wants a column which the dataset has under another name."""
+"""Advice for a reward whose column the dataset has under another name."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import re
 from collections.abc import Collection
 
 SYNONYMS = ("answer", "solution", "gold", "target", "label", "ground_truth", "final_answer", "reference", "expected")
-"""Names that datasets and rewards have for what is right."""
+"""Names that datasets and rewards use for the right answer."""
 
 
 def column_hint(problem: str, columns: Collection[str], source: str | None = None) -> str:
-    """A sentence on `data.columns` for "missing a required argument: 'answer'"; nothing for another problem.
+    """A sentence on `data.columns` for "missing a required argument: 'answer'"; empty for other problems.
 
-    It names the column that is meant, where one of `columns` has a similar name or one that means the same. `source`
-    is the one of several sources that has these columns.
+    It suggests the column in `columns` with a similar name or a synonym, if there is one. `source` is the data source
+    with these columns, if there are several sources.
     """
     missing = re.match(r"missing a required argument: '(\w+)'", problem)
     if missing is None or not columns:
@@ -26,5 +26,7 @@ def column_hint(problem: str, columns: Collection[str], source: str | None = Non
     renamed = f"columns: {{{wanted}: {found[0] if found else 'THAT_NAME'}}}"
     written = f"data.{renamed}" if source is None else f"{renamed} in the source {source!r}"
     return (
-        f" Is it {found[0]}? Write {written}" if found else f" If a column holds it under another name, write {written}"
+        f" Is it {found[0]}? Write {written}"
+        if found
+        else f" If the dataset has the column under another name, write {written}"
     )

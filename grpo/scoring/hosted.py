@@ -1,4 +1,4 @@
-"""A reward that takes `environments`: it is called in the processes where these live, a group at a time."""
+"""A reward that takes `environments`: it runs in the environments' processes, one call per group."""
 
 from __future__ import annotations
 
@@ -17,23 +17,21 @@ from grpo.scoring.process import answer_of
 from grpo.types import FAILURES
 
 AT_ONCE = 32
-"""Groups that a reward may be called for at the same time: their environments live in several processes."""
+"""Maximum number of simultaneous calls of a reward: the environments live in several processes."""
 
 
 class NoEnvironmentsError(UserError):
-    """A reward takes `environments`, and there are none."""
+    """A reward takes `environments`, and the recipe has none."""
 
 
 class Hosted:
-    """A reward function in the hosts of the environments that it takes."""
+    """A reward function that runs in the hosts of the environments."""
 
     takes_environments = True
 
     def __init__(self, reward: HostedReward, hosts: Sequence[Host], calls: str | None = None) -> None:
-        """Loads it into every host. `calls`: `group` or `completion`; None: what its file says, or else `group`.
-
-        Raises UserError where a host cannot load it, and for a function that wants all completions of a step.
-        """
+        """Load the function into every host. `calls`: `group`, `completion`, or None for the file's `CALLS`, where a
+        step counts as `group`. Raises UserError if a host cannot load the function."""
         self.name = reward.located.name
         self._hosts = {host.description.name: host for host in hosts}
         loaded = [host.load_reward(reward) for host in hosts]
@@ -41,37 +39,37 @@ class Hosted:
         self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix=f"reward {self.name}")
 
     def wait_ready(self) -> None:
-        """Nothing to wait for: it is loaded."""
+        """Nothing to wait for: the hosts have loaded the function."""
 
     def begin(self) -> None:
-        """Nothing to begin: what it prints is its hosts' business."""
+        """Nothing to begin: the hosts show what the function prints."""
 
     def problem(self, columns: Collection[str]) -> str | None:
-        """Why it could not be called with these columns of the dataset; None if it can be."""
+        """Why the function cannot be called with these columns of the dataset; None if it can."""
         problems = (host.reward_problem(self.name, columns) for host in self._hosts.values())
         return next(filter(None, problems), None)
 
     def submit(self, score: Callable[[ScoringRequest], Answers], request: ScoringRequest) -> Future[Answers]:
-        """What `score` makes of a request, in a thread."""
+        """The future of `score(request)`, which runs in a thread."""
         return self._threads.submit(score, request)
 
     def score(self, request: ScoringRequest) -> Answers:
-        """An answer for each call. The completions of one call are of one group, so of one environment."""
+        """One answer per call. The completions of one call belong to one group, and so to one environment."""
         return [(span, self._call(request, *span)) for span in request.spans(self.calls)]
 
     def close(self) -> None:
-        """Wait for nothing: the hosts, which are others' to close, end what is under way."""
+        """Close without waiting: calls under way end with their hosts, which their owner closes."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _call(self, request: ScoringRequest, begin: int, end: int) -> Answer:
         conversations = [one for one in request.conversations[begin:end] if one is not None and one.home is not None]
         if len(conversations) < end - begin:
-            return Answer.failed(end - begin, "there is no environment for some of its completions")
+            return Answer.failed(end - begin, "some of its completions have no environment")
         host = self._hosts[conversations[0].environment]
         try:
             columns = pickle.dumps({name: values[begin:end] for name, values in request.columns.items()})
-        except Exception as error:  # a value of the dataset's that refuses
-            said = f"the dataset's columns cannot be sent to its process: {type(error).__name__}: {error}"
+        except Exception as error:  # a value of the dataset cannot be pickled
+            said = f"the dataset's columns cannot be sent to the reward's process: {type(error).__name__}: {error}"
             return Answer.failed(end - begin, said)
         reply = host.score(self.name, [one.home for one in conversations], columns, request.state).result()
         return _answer(reply, end - begin)
@@ -85,49 +83,51 @@ def hosted(
     system: str | None = None,
     function: Function | None = None,
 ) -> Hosted:
-    """The reward of a recipe's line, where the environments live. Raises UserError where it cannot run there."""
+    """The grader of a recipe's reward in the environments' hosts. Raises UserError if the reward cannot run there."""
     what = f"reward {name!r} takes `environments`"
     if not hosts:
         raise NoEnvironmentsError(
-            f"{what}, and there are none here: a recipe with `environment:` or `environments:` gives it those of the "
-            "completions' conversations"
+            f"{what}, but the recipe has none: add `environment:` or `environments:`, and the reward gets the "
+            "environments of the completions' conversations"
         )
     if any(config.is_agent for _, config in hosts):
-        raise UserError(f"{what}, and an agent shows none: it asks the model itself. Let the reward read `completions`")
+        raise UserError(
+            f"{what}, but an agent has no environment object: it calls the model itself. Let the reward read "
+            "`completions`"
+        )
     if any(config.use is None for _, config in hosts):
         raise UserError(
-            f"{what}, and beside tools alone there are none. Name an environment (environment.use), or let the reward "
-            "do without: it reads the calls and their results in `completions`"
+            f"{what}, but the recipe has only tools. Name an environment (environment.use), or let the reward read the "
+            "tool calls and their results in `completions`"
         )
     if config.isolation == "inline" and function is None:
-        raise UserError(f"{what}, so it runs in their processes, and isolation: inline would do nothing: leave it out")
+        raise UserError(f"{what}, so it runs in their processes, and isolation: inline has no effect: remove it")
     if unread := config.changed & {"env", "memory_gb"}:
         setting = min(unread)
         raise UserError(
-            f"{what}, so it runs in their processes, and its own {setting} would do nothing: "
-            f"write environment.{setting}"
+            f"{what}, so it runs in their processes, and its own {setting} has no effect: write environment.{setting}"
         )
     if config.calls == "step":
         raise UserError(
-            f"{what}, so it cannot have calls: step: the environments of a step live in several processes, and a call "
-            "gets those of one. Write calls: group, or calls: completion"
+            f"{what}, so it cannot have calls: step. The environments of a step live in several processes, and a call "
+            "gets the environments of one process. Write calls: group, or calls: completion"
         )
     reward = HostedReward(located.absolute(), config.kwargs, config.timeout, config.completions, system, function)
     return Hosted(reward, [host for host, _ in hosts], config.calls)
 
 
 def _by_group(calls: str) -> str:
-    """What a call gets, where a file says nothing of it or wants a whole step's: a group."""
+    """`calls` of a function's file, with `group` instead of `step`: the environments of a step have several hosts."""
     return "group" if calls == "step" else calls
 
 
 def _answer(reply: Mapping[str, Any], count: int) -> Answer:
-    """A host's reply, read as one that anything may have been written into."""
+    """A host's reply as an answer. User code may have written anything into the reply, so every part is checked."""
     try:
         answer = answer_of(reply, (0, count))
         kind = reply.get("kind", "error")
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        return Answer.failed(count, f"its process made no sense in this call ({type(error).__name__}: {error})")
+        return Answer.failed(count, f"its process sent an invalid reply ({type(error).__name__}: {error})")
     return Answer(
         answer.values,
         answer.failures,

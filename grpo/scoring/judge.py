@@ -1,8 +1,8 @@
-"""The model that is trained judges completions, as it was when the run began: no server, and no second model.
+"""A judge: the model in training, as it was at the start of the run, grades completions. No server, no second model.
 
-It is asked about each completion, and the probabilities of the answers are read from one forward pass; nothing is
-decoded. A generative verifier's score is p(Yes) (arXiv 2408.15240); with ratings as labels it is the expected rating
-(arXiv 2303.16634).
+The judge gets one question per completion. One forward pass gives the probabilities of the answers; nothing is
+decoded. The score is p(Yes), as for a generative verifier (arXiv 2408.15240), or the expected rating if the labels are
+ratings (arXiv 2303.16634).
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from grpo.plugins import locate_reward
 from grpo.scoring.grader import Inline
 from grpo.scoring.names import check_metric
 
-SELF = "the judge is the model of a run: it grades in `grpo train` and `grpo eval`, and there is none here"
+SELF = "the judge is the model of a run, so it grades only in `grpo train` and `grpo eval`"
 
 
 class Judge:
-    """Scores texts by what the policy's model, in its state `JUDGE`, answers when it is asked about them."""
+    """Scores texts by the answers of the policy's model, in the adapter state `JUDGE`, to a question about each."""
 
     def __init__(self, name: str, cfg: JudgeConfig) -> None:
-        """Raises UserError for a name that the run's own metrics go by."""
+        """Raises UserError if the judge's name collides with metrics of the run."""
         self.name, self.cfg, self._metric = name, cfg, f"{name}/label_mass"
         try:
             check_metric(self._metric)
         except ValueError:
             raise UserError(
-                f"reward {name!r}: a judge tells the metric {self._metric}, and the run's own metrics are called "
-                f"{name}/…: give it another name (name: ...)"
+                f"reward {name!r}: the judge logs the metric {self._metric}, but {name}/… are metrics of the run: give "
+                "the judge another name (name: ...)"
             ) from None
         self._policy: Policy | None = None
 
     def bind(self, policy: Policy, tokenizer: TokenizerWrapper) -> None:
-        """Judge by the model of `policy` as it is now, whatever becomes of the policy.
+        """Judge with a copy of the current adapter of `policy`, so that later training does not change the judge.
 
-        Raises UserError for labels that the first token does not tell apart.
+        Raises UserError if two labels begin with the same token.
         """
         self._policy, self._tokenizer = policy, tokenizer
         if JUDGE not in policy.adapters.names:
@@ -60,8 +60,9 @@ class Judge:
         for label, token in firsts.items():
             if token is None or list(firsts.values()).count(token) > 1:
                 raise UserError(
-                    f"reward {self.name!r}: kwargs.labels: {label!r} begins with no token of its own. The answer is "
-                    "read from its first token, so labels must differ there"
+                    f"reward {self.name!r}: kwargs.labels: {label!r} is empty, or begins with the token of another "
+                    "label. The judge reads only the first token of an answer, so all labels must differ in their "
+                    "first token"
                 )
         self._labels = mx.array([token for token in firsts.values() if token is not None])
         self._worth = mx.array(list(self.cfg.labels.values()))
@@ -73,15 +74,16 @@ class Judge:
         log_metric: Callable[[str, float], None],
         **columns: Sequence[Any],
     ) -> list[float | Exception | None]:
-        """A score for each; None where a column that the question names is null, and an exception for what is too long.
+        """A score per completion; None if a column in the question is null, an exception if the question is too long.
 
-        Logs `NAME/label_mass`, the probability that the answer begins as one of the labels, mean over completions.
+        Logs `NAME/label_mass`: the probability that the answer begins with one of the labels, averaged over
+        completions.
         """
         if self._policy is None:
             raise UserError(SELF)
         named = {**columns, "prompt": prompts, "completion": completions}
         values = [{name: named[name][place] for name in self.cfg.columns} for place in range(len(completions))]
-        read = [self._read(one) for one in values]
+        read = [self._read(named_values) for named_values in values]
         rows = [ids for ids in read if isinstance(ids, list)]
         self._masses: list[float] = []
         with self._policy.use(JUDGE):
@@ -91,32 +93,32 @@ class Judge:
         return [next(scores) if isinstance(ids, list) else ids for ids in read]
 
     def _read(self, values: dict[str, Any]) -> list[int] | Exception | None:
-        """The token ids of the question, None where there is none to ask, or why it cannot be asked."""
+        """The token ids of the question, None if a column in it is null, or the reason why it cannot be asked."""
         if any(is_null(value) for value in values.values()):
             return None
-        asked = self.cfg.prompt.format_map({name: str(value) for name, value in values.items()})
-        asked = asked.encode(errors="replace").decode()
+        question = self.cfg.prompt.format_map({name: str(value) for name, value in values.items()})
+        question = question.encode(errors="replace").decode()
         try:
-            ids = self._ids(asked)
+            ids = self._ids(question)
         except Exception as error:  # the template is the model's own code
-            return ValueError(f"the model's chat template refuses the judge's question: {one_line(error)}")
+            return ValueError(f"the model's chat template raised an error on the judge's question: {one_line(error)}")
         if len(ids) > self._longest:
             return ValueError(
-                f"the judge's question has {len(ids):,} tokens, and it reads {self._longest:,} at most "
-                "(kwargs.max_length, or the model's positions)"
+                f"the judge's question has {len(ids):,} tokens, but the judge reads at most {self._longest:,} "
+                "(kwargs.max_length, or the model's number of positions)"
             )
         return ids
 
-    def _ids(self, asked: str) -> list[int]:
+    def _ids(self, question: str) -> list[int]:
         if not self._tokenizer.has_chat_template:
             before = "" if self.cfg.system is None else f"{self.cfg.system}\n\n"
-            return list(self._tokenizer.encode(before + asked))
+            return list(self._tokenizer.encode(before + question))
         system = [] if self.cfg.system is None else [{"role": "system", "content": self.cfg.system}]
-        messages = [*system, {"role": "user", "content": asked}]
+        messages = [*system, {"role": "user", "content": question}]
         return rendered_ids(self._tokenizer, messages, (), self.cfg.chat_template_kwargs)
 
     def _of(self, tokens: mx.array, rows: Sequence[Sequence[int]]) -> list[float]:
-        """The scores of questions that go through together."""
+        """The scores of one batch of questions: `tokens` is int32 [B, T], padded on the right."""
         assert self._policy is not None
         logits = self._policy.next_logits(tokens, mx.array([len(row) - 1 for row in rows]))
         chosen = logits[:, self._labels]
@@ -128,7 +130,7 @@ class Judge:
 
 
 class Judged(Inline):
-    """A judge among the rewards."""
+    """A judge as a reward of the recipe."""
 
     def __init__(self, config: RewardConfig, system: str | None = None) -> None:
         name = config.name or locate_reward(config.use).name
@@ -136,15 +138,15 @@ class Judged(Inline):
         super().__init__(name, self.judge, {}, "step", "text", system)
 
     def problem(self, columns: Collection[str]) -> str | None:
-        """Why it could not be asked of a dataset with these columns; None if it can be."""
+        """Why the judge cannot grade a dataset with these columns; None if it can."""
         there = {*columns, "prompt", "completion"}
         if missing := [name for name in self.judge.cfg.columns if name not in there]:
             meant = f" (did you mean {{{close}}}?)" if (close := closest(missing[0], there)) else ""
-            return f"kwargs.prompt names {{{missing[0]}}}, and the dataset has no such column{meant}"
+            return f"kwargs.prompt uses {{{missing[0]}}}, but the dataset has no such column{meant}"
         return None
 
 
 def _first(tokenizer: TokenizerWrapper, label: str) -> int | None:
-    """The first token of an answer; None for a label without tokens."""
+    """The first token of a label; None for a label without tokens."""
     ids = list(tokenizer.encode(label, add_special_tokens=False))
     return int(ids[0]) if ids else None

@@ -1,4 +1,4 @@
-"""A reward function made ready where it runs. Worker processes import this."""
+"""Loads a reward function in the process that runs it. Worker processes import this module."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def load(
     run: Callable[[Coroutine[Any, Any, Any]], Any] | None = None,
     function: Function | None = None,
 ) -> tuple[Reward, dict[str, Any]]:
-    """The reward, and what its file says of it (`calls` and `paid`). See `Reward` for the arguments; `function` is
-    the function itself, where it was given as an object.
+    """The reward, and the settings of its file (`calls` and `paid`). See `Reward` for the arguments; `function` is a
+    function that was passed as an object.
 
-    Raises UserError if it cannot be imported, and ValueError if its arguments do not fit.
+    Raises UserError if the function cannot be imported, and ValueError if its arguments do not fit.
     """
     function = function or located.load()
     return Reward(function, kwargs, form, system, run), {"calls": calls_of(function), "paid": is_paid(function)}

@@ -1,4 +1,4 @@
-"""What each metric of a run means: one entry per name that the run itself writes. The manual's reference prints it.
+"""The meaning of each metric that a run writes. The manual's reference prints these entries.
 
 A part in angle brackets stands for any text: `rewards/<name>/mean` is the mean of each reward.
 """
@@ -14,7 +14,8 @@ MEANINGS: dict[str, dict[str, str]] = {
         "five metrics, if no completion of the step has a reward, for example in a run with a teacher alone.",
         "reward_std": "Standard deviation of the rewards within a group, averaged over groups.",
         "frac_reward_zero_std": "Fraction of groups whose completions all have the same reward. Such a group has no "
-        "advantages: the policy learns nothing from it, unless there is a teacher.",
+        "advantages: the policy learns nothing from it, unless there is a teacher. With `advantage.turns: turn` it "
+        "can still teach: conversations with the same sum of rewards differ if their turns do.",
         "solved_all": "Fraction of groups in which every completion has reward 1 or more.",
         "solved_none": "Fraction of groups in which no completion has reward 1 or more.",
         "mixed": "Fraction of groups in which some completions have reward 1 or more and some do not.",
@@ -39,9 +40,9 @@ MEANINGS: dict[str, dict[str, str]] = {
         "tools and environments do not count.",
         "completions/min_length": "Length of the shortest completion, in sampled tokens.",
         "completions/max_length": "Length of the longest completion, in sampled tokens.",
-        "completions/mean_terminated_length": "Mean length of the completions that ended by themselves.",
-        "completions/min_terminated_length": "Length of the shortest completion that ended by itself.",
-        "completions/max_terminated_length": "Length of the longest completion that ended by itself.",
+        "completions/mean_terminated_length": "Mean length of the completions that were not truncated.",
+        "completions/min_terminated_length": "Length of the shortest completion that was not truncated.",
+        "completions/max_terminated_length": "Length of the longest completion that was not truncated.",
         "completions/clipped_ratio": "Fraction of completions cut off by `rollout.max_completion_length`.",
         "completions/repetition_ratio": "Fraction of completions ended by `rollout.max_repeats`.",
         "num_prompts": "Prompts sampled at this step, including those added by dynamic sampling.",
@@ -119,8 +120,8 @@ MEANINGS: dict[str, dict[str, str]] = {
         "ranks/training": "Share of the step in which trainers worked, averaged over trainers.",
     },
     "Data": {
-        "epoch": "How often every row has been visited. Absent with `data.curriculum`, which has no epochs.",
-        "dropped_prompts": "Rows left out since the start because the prompt was too long or null.",
+        "epoch": "Number of passes over the rows so far. Absent with `data.curriculum`, which has no epochs.",
+        "dropped_prompts": "Rows skipped since the start because the prompt was too long or null.",
         "sources/<name>/share": "Share of the step's tasks that came from this source of `data.sources`.",
         "sources/<name>/reward": "`reward` over this source's completions alone, at steps with such completions.",
         "sources/<name>/reward_std": "`reward_std` over this source's groups alone.",
@@ -139,22 +140,22 @@ MEANINGS: dict[str, dict[str, str]] = {
     },
     "Speed and memory": {
         "step_time": "Duration of the step in seconds.",
-        "time/rollout": "Seconds spent sampling. Groups are scored meanwhile.",
+        "time/rollout": "Seconds spent sampling. Finished groups are scored during this time.",
         "time/reward": "Seconds that the step waited for scores after its last token was sampled.",
-        "time/logprobs": "Seconds spent on making batches and on passes before the first update: logprobs of the "
+        "time/logprobs": "Seconds spent making batches and running the passes before the first update: logprobs of the "
         "reference, the anchor and the teacher.",
         "time/update": "Seconds spent on updates.",
         "rollout_tokens_per_second": "Sampled tokens divided by `time/rollout`.",
-        "peak_memory_gb": "The most memory that MLX has held since the start, in units of 2³⁰ bytes.",
+        "peak_memory_gb": "Peak memory of MLX since the start, in units of 2³⁰ bytes.",
         "update/useful_tokens": "Of the tokens that go through the model in an update, the fraction that is neither "
         "padding nor a repeated prompt.",
         "speculation/accepted": "Mean number of guessed tokens per row that turned out right, over the decoding steps "
-        "that were fed guesses. The terminal shows it as `+0.5 a wide step`.",
+        "that were fed guesses. The terminal shows it as `0.5 accepted per decoding step`.",
         "speculation/width": "Mean number of tokens that a decoding step fed to each row: the last token and the "
         "guesses. 1 means that no step was fed guesses.",
         "speculation/gain": "How much faster the rollout was than without guesses, from measured step times. Only with "
         "`rollout.speculate: auto`, and only if steps without guesses were measured. The terminal shows it as "
-        "`drafts: 1.50 ×`.",
+        "`drafts: 1.50 × as fast`.",
     },
     "Alarms": {
         "alarms": "What went wrong in the run: a list of objects with `kind`, `step`, `what` (what happened) and "
@@ -174,16 +175,16 @@ MEANINGS: dict[str, dict[str, str]] = {
         "otherwise the bootstrap's.",
     },
 }
-"""By section of the reference. `Evaluation` is what `eval.jsonl` holds, everything else is in `metrics.jsonl`."""
+"""Meanings by section of the reference. Metrics of `Evaluation` are in `eval.jsonl`, all others in `metrics.jsonl`."""
 
 
 def meaning(name: str) -> str | None:
-    """The meaning of a metric, or None for a metric that a reward or a source of a user's own logs."""
+    """The meaning of a metric, or None for a metric that a user's reward or data source logs."""
     return next((text for pattern, text in _patterns() if pattern.fullmatch(name)), None)
 
 
 @cache
 def _patterns() -> list[tuple[re.Pattern[str], str]]:
     named = [item for section in MEANINGS.values() for item in section.items()]
-    named.sort(key=lambda item: item[0].count("<"))  # a name of its own comes before a pattern that also fits
+    named.sort(key=lambda item: item[0].count("<"))  # exact names come before patterns that also match
     return [(re.compile(re.sub("<[^>]+>", ".+", re.escape(name))), text) for name, text in named]

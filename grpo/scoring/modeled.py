@@ -1,4 +1,4 @@
-"""A reward model: a classifier that scores conversations, in the trainer's own process, a whole step at a time."""
+"""A reward model: a classifier that scores conversations in the trainer's process, one call per step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from grpo.types import Message
 
 
 class RewardModel:
-    """Scores prompts with completions, both as messages, put together by the model's own chat template."""
+    """Scores prompts with completions, both as messages, rendered by the model's chat template."""
 
     def __init__(self, classifier: Classifier, tokenizer: TokenizerWrapper, cfg: RewardModelConfig) -> None:
         self.classifier, self.tokenizer, self.cfg = classifier, tokenizer, cfg
@@ -28,7 +28,7 @@ class RewardModel:
     def __call__(
         self, prompts: Sequence[list[Message]], completions: Sequence[list[Message]], **_: Any
     ) -> list[float | Exception]:
-        """A score for each; an exception for a conversation that is too long, or that the template refuses."""
+        """A score per conversation; an exception if it is too long, or if the chat template raises an error."""
         read = [self._read([*prompt, *said]) for prompt, said in zip(prompts, completions, strict=True)]
         rows = [ids for ids in read if isinstance(ids, list)]
         scores = iter(self.classifier.scores(rows, self.cfg.batch_tokens))
@@ -40,27 +40,29 @@ class RewardModel:
             text = rendered_text(self.tokenizer, messages, (), {}, generation=False)
             ids = list(self.tokenizer.encode(text.encode(errors="replace").decode(), add_special_tokens=False))
         except Exception as error:  # the template is the model's own code
-            return ValueError(f"the reward model's chat template refuses this conversation: {one_line(error)}")
+            return ValueError(
+                f"the reward model's chat template raised an error on this conversation: {one_line(error)}"
+            )
         if len(ids) > self.longest:
             return ValueError(
-                f"the conversation has {len(ids):,} tokens, and the reward model reads {self.longest:,} at most "
-                "(kwargs.max_length, or the model's positions)"
+                f"the conversation has {len(ids):,} tokens, but the reward model reads at most {self.longest:,} "
+                "(kwargs.max_length, or the model's number of positions)"
             )
-        return ids if ids else ValueError("the reward model's chat template makes no tokens of this conversation")
+        return ids if ids else ValueError("the reward model's chat template renders this conversation to no tokens")
 
     def _given(self, score: float) -> float:
         return (1 + math.tanh(score / 2)) / 2 if self.cfg.sigmoid else score
 
 
 class Modeled(Inline):
-    """A reward model among the rewards."""
+    """A reward model as a reward of the recipe."""
 
     def __init__(self, config: RewardConfig, system: str | None = None, calls: str = "step") -> None:
-        """Loads the model of a recipe's line; `system` is the system message before text prompts.
+        """Load the model that the recipe's reward names; `system` is the system message before text prompts.
 
-        A call gets all of a step's completions, or what `calls` says.
+        `calls` says what one call gets; by default all completions of a step.
 
-        Raises UserError for a model that cannot be had, or is no reward model.
+        Raises UserError if the model cannot be loaded, or is not a reward model.
         """
         name, cfg = config.name or locate_reward(config.use).name, reward_model_of(config.kwargs)
         try:

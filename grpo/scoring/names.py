@@ -1,4 +1,5 @@
-"""The names under which rewards may log: the run's own metrics keep theirs. Worker processes import this."""
+"""Checks the names that rewards log under: the names of the run's metrics are reserved. Worker processes import this
+module."""
 
 from __future__ import annotations
 
@@ -51,26 +52,26 @@ _FOLDERS = (
     "reuse",
     "teacher",
 )
-"""Whatever comes under them (`time/rollout`) is the run's own."""
+"""Prefixes of the run's metrics: every name below one of them, such as `time/rollout`, is reserved."""
 
 _OWN = (*_STEP, *_EVALUATION, *_CONVERSATIONS, *(f"{folder}/.*" for folder in _FOLDERS))
 _RESERVED = re.compile("|".join(_OWN), re.DOTALL)
 
 
 def check_metric(name: str) -> None:
-    """Raise ValueError for a name that `log_metric` refuses: a metric of the run's own, or no text that can be stored.
+    """Raise ValueError for a name that `log_metric` refuses: a metric of the run, or a text that cannot be stored.
 
-    TRL mixes what rewards log with its own metrics; here a `step` of theirs would be read as the step's number.
+    TRL mixes the metrics of rewards with its own. In grpo, a reward's metric `step` would be read as the step's number.
     """
     _check_text("log_metric", name)
     if _RESERVED.fullmatch(name):
-        raise ValueError(f"log_metric({name!r}): the run has a metric of this name; use another, such as 'mine/{name}'")
+        raise ValueError(f"log_metric({name!r}): the run has a metric of this name; use another name: 'mine/{name}'")
 
 
 def check_column(name: str) -> None:
-    """Raise ValueError for a column of `log_extra` that cannot be stored.
+    """Raise ValueError for a column name of `log_extra` that cannot be stored.
 
-    Any text can: completions are stored with it as `extra/<name>`, apart from the columns of the run's own.
+    Every valid text is allowed, because the prefix in `extra/<name>` keeps the column apart from the run's columns.
     """
     _check_text("log_extra", name)
 
@@ -79,4 +80,4 @@ def _check_text(hook: str, name: str) -> None:
     try:
         name.encode()
     except (AttributeError, UnicodeEncodeError):
-        raise ValueError(f"{hook}({name!r}): a name is a text, without lone surrogates") from None
+        raise ValueError(f"{hook}({name!r}): a name must be a text without lone surrogates") from None

@@ -1,4 +1,4 @@
-"""The environment's own reward, a score beside those of the reward functions."""
+"""The environment's own reward: one more score, next to the scores of the reward functions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from grpo.types import Conversation, Group, Rollout, Trajectory
 
 @dataclass(frozen=True, slots=True)
 class OwnTerms:
-    """What an environment's own reward weighs, the fraction of its conversations that may fail, and what it is: an
-    `environment`, or an `agent`."""
+    """The weight of an environment's own reward, the fraction of its conversations that may fail, and the noun for
+    messages: `environment` or `agent`."""
 
     weight: float = 1.0
     max_failure_rate: float = EnvironmentConfig.model_fields["max_failure_rate"].default
@@ -24,7 +24,7 @@ class OwnTerms:
 
 
 def terms_of(hosts: Sequence[tuple[Host, EnvironmentConfig]]) -> dict[str, OwnTerms]:
-    """The terms of each environment, by the name that its host describes."""
+    """The terms of each environment, by the name in its host's description."""
     return {host.description.name: OwnTerms(cfg.weight, cfg.max_failure_rate, _noun(cfg)) for host, cfg in hosts}
 
 
@@ -33,7 +33,7 @@ def _noun(cfg: EnvironmentConfig) -> str:
 
 
 def rewarding_steps(groups: Sequence[Group]) -> set[str]:
-    """The names of the environments of which a step gave a reward."""
+    """The names of the environments that rewarded at least one step of a conversation."""
     talks = (rollout.trajectory.conversation for group in groups for rollout in group.rollouts)
     return {talk.environment for talk in talks if talk and any(reward is not None for reward in talk.turn_rewards)}
 
@@ -41,12 +41,12 @@ def rewarding_steps(groups: Sequence[Group]) -> set[str]:
 def own_answers(
     groups: Sequence[Group], environments: Mapping[str, OwnTerms], by_steps: Collection[str] = ()
 ) -> dict[str, Placed]:
-    """What each environment gave for its conversations: an answer for each, and none for those of others.
+    """The answers of each environment, one per conversation of that environment.
 
-    A conversation whose environment failed is a failure of the kind that it says. The environments `by_steps` reward
-    steps: a conversation in which the model had a turn, and none of its turns got a reward, has the sum of none, 0. It
-    was cut off, or never did what is rewarded, and its group's baseline must count it. Of other environments it has
-    no score.
+    A conversation whose environment failed is a failure of the environment's kind. The environments in `by_steps`
+    reward steps: a conversation with turns but without a rewarded turn gets 0, the empty sum. It was truncated, or
+    never did what the environment rewards, and its group's baseline must count it. With other environments, such a
+    conversation has no score.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     answers: dict[str, Placed] = {name: [] for name in environments}
@@ -60,8 +60,8 @@ def own_answers(
 
 
 def with_sums_of_none(groups: Sequence[Group], by_steps: Collection[str]) -> list[Group]:
-    """The scored groups in which conversations of the environments `by_steps` that have no score have the sum of none,
-    where `own_answers` would have given it."""
+    """The scored groups, with the score 0 for conversations that lack a score although their environment rewards steps
+    (`by_steps`), as in `own_answers`."""
     return [replace(group, rollouts=tuple(_summed(one, by_steps) for one in group.rollouts)) for group in groups]
 
 
@@ -80,41 +80,42 @@ RAISED = {
     "max_turn_tokens": "environment.max_turn_tokens",
     "rollout_timeout": "environment.rollout_timeout",
 }
-"""The settings to raise where conversations end at a limit before anything is rewarded, by the stop reason."""
+"""The setting to raise, by stop reason, if conversations reach a limit before they get a reward."""
 
 
 def unrewarded(names: Collection[str], groups: Sequence[Group]) -> str:
-    """What to say of environments none of whose conversations in `groups` was rewarded: how these ended, what to do."""
-    rollouts = [rollout.trajectory for group in groups for rollout in group.rollouts]
-    talks = [one for one in rollouts if one.conversation is not None and one.conversation.environment in names]
+    """A message about the environments `names`, which rewarded no conversation in `groups`: how the conversations
+    ended, and what to do."""
+    trajectories = [rollout.trajectory for group in groups for rollout in group.rollouts]
+    talks = [t for t in trajectories if t.conversation is not None and t.conversation.environment in names]
     returned = sum(map(_returned_none, talks))
     if returned > len(talks) / 2:
         said = f"{' and '.join(names)} rewarded no conversation: the agent returned None in {returned:,} of "
         return f"{said}{len(talks):,}. Let it return a number, or a dict with 'reward'"
-    nothing = "no step gave a reward, no get_reward a score, and no agent returned one"
+    nothing = "no step, get_reward or agent returned a reward"
     said = f"{' and '.join(names)} rewarded no conversation: {nothing}"
-    raised = "raise the limit that ends them first, if one does"
+    raised = "raise the limit that ends them, if there is one"
     if talks:
-        ((reason, count),) = Counter(one.finish_reason for one in talks).most_common(1)
+        ((reason, count),) = Counter(talk.finish_reason for talk in talks).most_common(1)
         said += f"; {count:,} of {len(talks):,} conversations ended by {reason}"
-        raised = f"raise {RAISED[reason]}" if reason in RAISED else "read how they go (grpo generate)"
-    scored = "have a conversation scored wherever it ends (by get_reward, or by what an agent returns)"
-    return f"{said}. To have them rewarded, {raised}, or {scored}"
+        raised = f"raise {RAISED[reason]}" if reason in RAISED else "read the conversations (grpo generate)"
+    scored = "return a score wherever a conversation ends (from get_reward, or from the agent)"
+    return f"{said}. To get rewards, {raised}, or {scored}"
 
 
 def _returned_none(unrewarded: Trajectory) -> bool:
-    """Whether an agent had its say and gave no reward: an environment that is done has had turns, rewarded or not."""
+    """Whether an agent finished without a reward. A finished environment has `turn_rewards`, rewarded or not."""
     talk = unrewarded.conversation
     return unrewarded.finish_reason == "done" and talk is not None and not talk.turn_rewards and talk.failure is None
 
 
 def mostly_cut(groups: Sequence[Group]) -> str:
-    """The limit that ended most conversations, as a sentence after a space; empty where none did."""
+    """A sentence, after a space, on the limit that ended most conversations; empty if no limit did."""
     ends = [one.trajectory.finish_reason for group in groups for one in group.rollouts if one.trajectory.conversation]
     ((reason, count),) = Counter(ends).most_common(1) or [("done", 0)]
     if reason not in RAISED or count <= len(ends) / 2:
         return ""
-    return f" {count:,} of {len(ends):,} conversations ended by {reason}: see whether {RAISED[reason]} is too small."
+    return f" {count:,} of {len(ends):,} conversations ended by {reason}: check whether {RAISED[reason]} is too small."
 
 
 def _answer(conversation: Conversation, by_steps: bool) -> Answer:
@@ -128,7 +129,7 @@ def _answer(conversation: Conversation, by_steps: bool) -> Answer:
 
 
 def without_home(rollout: Rollout) -> Rollout:
-    """The same rollout, whose environment has been given back."""
+    """The same rollout without a reference to its environment, which has been released."""
     conversation = rollout.trajectory.conversation
     if conversation is None or conversation.home is None:
         return rollout

@@ -1,7 +1,7 @@
-"""A reward function in a process of its own: started, asked, killed when it hangs, replaced when it dies.
+"""A reward function in a worker process: started, called, killed when it hangs, replaced when it dies.
 
-Each worker has a keeper, a process that ends with this one, be it by SIGKILL, and that kills the worker and all that
-its function has started.
+Each worker has a keeper process. The keeper notices when the trainer ends, even by SIGKILL, and kills the worker
+together with every process that the function has started.
 """
 
 from __future__ import annotations
@@ -30,20 +30,21 @@ from grpo.scoring.names import check_metric
 
 SCRIPT = Path(__file__).parent / "worker.py"
 START_SECONDS = 120.0
-"""A function's file may import what it likes; after this it counts as hung."""
+"""Time limit for a start, in seconds: a function's file may import large libraries."""
 DEATHS = 3
-"""Calls in a row that a worker may die in; the rest of the request is not tried then."""
+"""Number of consecutive calls that may end a worker; after them the rest of the request is skipped."""
 
 _NOISE = (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
-"""What comes of a worker that is gone, and of reading a message that anything may have been written into."""
+"""Exceptions from a worker that has died, and from a malformed reply: user code may have written to the socket."""
 
 Span = tuple[int, int]
-"""The places of a call's completions: from, up to."""
+"""The completions of a call: `(begin, end)`, end excluded."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerTerms:
-    """How a worker is run: seconds for a call, the form of its completions, variables that it may see, memory in GiB.
+    """How to run a worker: seconds per call, the form of its completions, the environment variables that it may read,
+    and its memory limit in GiB.
 
     `system` is the system message before text prompts.
     """
@@ -56,14 +57,14 @@ class WorkerTerms:
 
 
 class Worker:
-    """One reward function behind a process. Not for several threads at once."""
+    """One reward function in its own process. Not thread-safe."""
 
     def __init__(
         self, located: Located, kwargs: Mapping[str, Any] | None, terms: WorkerTerms, cases: str | None = None
     ) -> None:
-        """Starts the process, and does not wait for it. Raises UserError for a variable of `terms.env` that is not set.
+        """Start the process without waiting for it. Raises UserError for an unset variable of `terms.env`.
 
-        Without `kwargs` it only reads what there is for tests: in the function's file, or in the file `cases`.
+        Without `kwargs`, the worker only reads the cases for tests: from the function's file, or from the file `cases`.
         """
         self.name, self.timeout = located.name, terms.timeout
         self.calls, self.paid, self.takes_environments = "step", False, False
@@ -86,7 +87,7 @@ class Worker:
         self._start()
 
     def close(self) -> None:
-        """Kill the process, and what it started. A `score` that is under way in another thread ends."""
+        """Kill the process and its children. A `score` that is running in another thread ends."""
         self._closed = True
         self._process.kill()
         self._output.close()
@@ -96,11 +97,11 @@ class Worker:
         return self._process.pid
 
     def begin(self) -> None:
-        """A new scoring: as much of what the function prints is shown as in the former."""
+        """Begin a scoring: the limit on shown output starts again."""
         self._output.begin()
 
     def wait_ready(self) -> None:
-        """Wait until the function is imported. Raises UserError if that cannot be done, and says why."""
+        """Wait until the function is imported. Raises UserError, with the reason, if the import fails."""
         if self._ready:
             return
         try:
@@ -115,7 +116,7 @@ class Worker:
         self.cases, self.case_kwargs = hello.get("cases", []), hello.get("case_kwargs", {})
 
     def problem(self, columns: Collection[str]) -> str | None:
-        """Why the function could not be called with these columns of the dataset; None if it can be."""
+        """Why the function cannot be called with these columns of the dataset; None if it can."""
         self.wait_ready()
         try:
             send(self._process.channel, pickle.dumps({"check": list(columns)}), START_SECONDS)
@@ -125,10 +126,10 @@ class Worker:
         return problem
 
     def score(self, columns: bytes, spans: Sequence[Span], state: Mapping[str, Any]) -> Iterator[Answer]:
-        """An answer for each span of the pickled columns.
+        """Yield one answer per span of the pickled columns.
 
-        A call that takes longer than the time limit, or that the process does not survive, is a failure of its span;
-        a new process goes on with the next.
+        If a call exceeds the time limit or ends the process, its span is a failure, and a new process continues with
+        the next span.
         """
         done = deaths = 0
         began = time.perf_counter()
@@ -140,7 +141,7 @@ class Worker:
                 for _ in range(done, len(spans)):
                     yield self._hinted(answer_of(self._receive(self.timeout), spans[done]))
                     done, deaths, began = done + 1, 0, time.perf_counter()
-            except UserError as error:  # it was imported before, and cannot be now
+            except UserError as error:  # a replacement cannot import the function again
                 yield from (Answer.failed(end - begin, str(error)) for begin, end in spans[done:])
                 return
             except _NOISE as error:
@@ -162,7 +163,7 @@ class Worker:
         return replace(answer, failures=hinted)
 
     def _died(self, error: Exception, seconds: float, when: str) -> str:
-        """Kill what is left of the process, and say in words what became of it."""
+        """Kill the rest of the process, and describe how it ended."""
         if isinstance(error, TimeoutError):
             return killed(self._process, seconds, when)
         return ended(self._process, self._output, error, when, self._memory_gb)[1]
@@ -174,7 +175,7 @@ class Worker:
     def _start(self) -> None:
         self._ready = False
         self._process = ChildProcess(SCRIPT, self._output, self._environment, self._memory_gb)
-        with contextlib.suppress(OSError):  # gone already: waiting for it will tell
+        with contextlib.suppress(OSError):  # the process has already died: `wait_ready` reports it
             send(self._process.channel, self._setup, START_SECONDS)
 
     def _receive(self, seconds: float) -> Any:
@@ -182,13 +183,14 @@ class Worker:
 
 
 def untried(span: Span) -> Answer:
-    """The answer of a call that is not made, because those before it ended their process."""
+    """The answer of a call that is skipped because the calls before it ended their process."""
     begin, end = span
-    return Answer.failed(end - begin, f"not tried: each of the {DEATHS} calls before it ended its process")
+    return Answer.failed(end - begin, f"not called: each of the {DEATHS} calls before this one ended its process")
 
 
 def answer_of(reply: Any, span: Span) -> Answer:
-    """A process's reply, read as one that anything may have been written into. Raises what `_NOISE` names."""
+    """A worker's reply as an answer. User code may have written anything into the reply: raises one of `_NOISE` for
+    an invalid reply."""
     begin, end = span
     values, wrong = checked(reply["values"], end - begin)
     failures = wrong | {int(place): str(error) for place, error in reply["failures"].items()}
@@ -197,5 +199,5 @@ def answer_of(reply: Any, span: Span) -> Answer:
         check_metric(name)
     metrics = {str(name): [float(value) for value in values] for name, values in reply["metrics"].items()}
     if not set(failures) <= set(range(end - begin)) or any(len(column) != end - begin for column in extras.values()):
-        raise ValueError("places that are not there")
+        raise ValueError("indices of completions that do not exist")
     return Answer(values, failures, extras, metrics, float(reply["seconds"]))

@@ -1,4 +1,4 @@
-"""What a reward, or an environment, has done so far: its failures and how long it took."""
+"""Records of each reward and environment so far: its failures and the duration of its calls."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from grpo.scoring.contract import Answer
 from grpo.types import FAILURES
 
 Placed = list[tuple[tuple[int, ...], Answer]]
-"""An answer for each call, with the places of the call's completions among all completions of a scoring."""
+"""One answer per call, with the indices of the call's completions among all completions of a scoring."""
 
 
 class RewardRecord:
-    """What a reward has done so far: failures by kind since the start, failures lately, latencies, the first error."""
+    """A reward's failures by kind since the start, recent failures, latencies, and first error."""
 
     COUNTED = "failed on {failed} of the last {count} completions"
 
     WINDOW = 3
-    """Scorings that count as lately."""
+    """Number of scorings whose failures count for `broken`."""
 
     def __init__(self, max_failure_rate: float) -> None:
         self.max_failure_rate = max_failure_rate
@@ -38,46 +38,46 @@ class RewardRecord:
             self.first_error = next((e for _, answer in answers for e in answer.failures.values()), None)
 
     def state(self) -> dict[str, Any]:
-        """What it has counted, as JSON holds it; latencies are of one machine and one sitting."""
+        """The counts, as JSON values. Latencies are left out: they belong to one machine and one process."""
         counts = {"failures": self.failures, "kinds": dict(self.kinds)}
         return {**counts, "lately": list(self._lately), "first_error": self.first_error}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        timeouts = state.get("timeouts", 0)  # so it was in checkpoints of before kinds were counted
+        timeouts = state.get("timeouts", 0)  # older checkpoints have this count instead of `kinds`
         self.kinds = Counter(state.get("kinds", {"error": state["failures"] - timeouts, "timeout": timeouts}))
         self.first_error = state["first_error"]
         self._lately = deque(((failed, count) for failed, count in state["lately"]), maxlen=self.WINDOW)
 
     @property
     def failures(self) -> int:
-        """Completions that it failed on, since the start."""
+        """Number of completions on which the reward failed since the start."""
         return self.kinds.total()
 
     @property
     def broken(self) -> str | None:
-        """In words, that it failed on too many; None if it did not."""
+        """A message if the reward recently failed on more than `max_failure_rate` of the completions, else None."""
         failed, count = map(sum, zip(*self._lately, strict=True))
         if failed <= self.max_failure_rate * count:
             return None
         return f"{self.COUNTED.format(failed=failed, count=count)} (max_failure_rate: {self.max_failure_rate:g})"
 
     def latency(self, quantile: float) -> float:
-        """In seconds, of its last 1,000 calls."""
+        """A quantile of the duration of the last 1,000 calls, in seconds."""
         ordered = sorted(self.seconds)
         return ordered[min(len(ordered) - 1, int(quantile * len(ordered)))]
 
 
 class ConversationRecord(RewardRecord):
-    """What the conversations of an environment came to."""
+    """The failures of an environment's conversations."""
 
     COUNTED = "failed in {failed} of the last {count} conversations"
 
     def add(self, answers: Placed) -> None:
         super().add(answers)
-        self.seconds.clear()  # how long a conversation takes is told elsewhere
+        self.seconds.clear()  # other metrics report the duration of conversations
 
 
 def failures_by_kind(records: Mapping[str, RewardRecord]) -> dict[str, int]:
-    """Conversations whose environment failed since the start, of all environments, for each kind of failure."""
+    """Number of conversations whose environment failed since the start, over all environments, by kind of failure."""
     kinds = [record.kinds for record in records.values() if isinstance(record, ConversationRecord)]
     return {kind: sum(counts[kind] for counts in kinds) for kind in FAILURES} if kinds else {}

@@ -1,4 +1,4 @@
-"""Each reward called once before there are completions: a dry run finds what the first step of a run would."""
+"""Calls each reward once on made-up completions, so that a dry run finds the errors of the first step."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from grpo.scoring.scorer import Scorer
 from grpo.types import Conversation, Group, Rollout, Task, Trajectory
 
 TEXTS = ("<think>3 + 4 = 7</think> The answer is \\boxed{7}.", "I do not know.")
-"""What a model might say: the completions of each prompt."""
+"""The made-up completions of each prompt."""
 PROMPTS = 2
 
 
 def rehearse(scorer: Scorer, tasks: Sequence[Task], encode: Callable[[str], Sequence[int]]) -> list[str]:
-    """Call each reward on the first prompts with made-up completions, in the form that a run gives; nothing is counted.
+    """Call each reward on the first prompts with made-up completions, in the form that a run uses. Nothing is counted.
 
-    Rewards whose file says `PAID = True` are not called, nor are those that take `environments`, of which there are
-    none yet. Returns notes: who was not called, and who failed on some.
-    Raises UserError for rewards that something is learnt from and that failed on all: the run would stop at once.
+    Skips rewards whose file says `PAID = True`, and rewards that take `environments`, because none exist yet. Returns
+    notes about skipped rewards and about rewards that failed on some completions.
+    Raises UserError for rewards with a weight that failed on every completion: the run would stop immediately.
     """
     answers = [Trajectory.sampled(tuple(encode(text)), None, text, "stop") for text in TEXTS]
     notes: list[str] = []
@@ -32,10 +32,10 @@ def rehearse(scorer: Scorer, tasks: Sequence[Task], encode: Callable[[str], Sequ
             notes.append(f"reward {name!r} was not called: its file says that calls cost money")
             continue
         if isinstance(reward, Hosted):
-            notes.append(f"reward {name!r} was not tried: it takes `environments`, and there is none before the run")
+            notes.append(f"reward {name!r} was not called: it takes `environments`, and none exist before the run")
             continue
         applying = [task for task in tasks if scorer.applies(name, task.source)][:PROMPTS]
-        if not applying:  # it is for held-out tasks alone
+        if not applying:  # the reward applies only to held-out tasks
             continue
         request = scorer.request([_group(task, answers, scorer) for task in applying])
         failures = {
@@ -53,7 +53,7 @@ def rehearse(scorer: Scorer, tasks: Sequence[Task], encode: Callable[[str], Sequ
 
 
 def _group(task: Task, answers: Sequence[Trajectory], scorer: Scorer) -> Group:
-    """The answers to a task; where there are environments, as conversations of a single turn."""
+    """The answers to a task as a group; with environments, as conversations of a single turn."""
     if not scorer.environments:
         return Group(task, tuple(map(Rollout, answers)))
     before = ({"role": "user", "content": task.prompt},) if isinstance(task.prompt, str) else tuple(task.prompt)
@@ -64,7 +64,7 @@ def _group(task: Task, answers: Sequence[Trajectory], scorer: Scorer) -> Group:
 
 
 def _said(name: str, failures: Mapping[int, str], completions: Sequence[object]) -> str:
-    """The first failure: what was raised, and where."""
+    """A message on the first failure: the exception, and where it was raised."""
     place = min(failures)
     what, *frames = masked(failures[place]).splitlines()
     where = re.findall(r'^  File "(.*)", line (\d+)', "\n".join(frames), re.MULTILINE)

@@ -1,8 +1,8 @@
-"""The reward functions of a recipe applied to groups, all at the same time.
+"""Applies the reward functions of a recipe to groups, in parallel.
 
-A function that raises, hangs, dies, or answers with something that is no usable number has failed for those
-completions: they score None, which keeps them out of their group's baseline, and counters say so. It never becomes a
-zero. An environment's own reward is one more score, and a conversation whose environment failed is one more failure.
+A function that raises, hangs, dies, or returns something other than a finite number has failed on those completions:
+their score is None, which keeps them out of their group's baseline, and the failure is counted. A failure never becomes
+a zero. An environment's own reward is one more score, and a conversation whose environment failed is one more failure.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ log = logging.getLogger(__name__)
 
 
 TOGETHER = (
-    ". These completions were in one call: if one of them raised this, all lost their scores. With `calls: "
-    "completion`, or an exception in place of a score, only that one would"
+    ". These completions were in one call, so one exception costs all of them their scores. With `calls: completion`, "
+    "or a function that returns an exception instead of a score, only the failed completion loses its score"
 )
-"""What is said of a call that failed on all of its completions."""
+"""Part of the warning about a call that failed on all its completions."""
 
 
 class BrokenRewardError(RunError):
-    """A function failed on more completions than it may; `groups` are those of the scoring that showed it."""
+    """A function failed on too many completions; `groups` are the groups of the last scoring."""
 
     def __init__(self, said: str, groups: Sequence[Group]) -> None:
         super().__init__(said)
@@ -52,10 +52,10 @@ class BrokenRewardError(RunError):
 
 
 class Scorer:
-    """A recipe's rewards: its functions, then its environments' own.
+    """A recipe's rewards: its functions, then its environments' own rewards.
 
-    `weights` has the weight of each by name, in the order in which every completion has its scores. `failures` counts,
-    by name, the completions that a function failed on, and the conversations whose environment failed.
+    `weights` has the weight of each reward by name, in the order of every completion's scores. `failures` counts, by
+    name, the completions on which a function failed, and the conversations whose environment failed.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class Scorer:
         has_tools: bool = False,
         applies: Applying = ALL,
     ) -> None:
-        """`rewards` that are plain functions run inline. `weights` are theirs, 1 where none is given; a reward of
-        weight 0 may fail as it likes, because nothing is learnt from it. `environments` are those that give a reward of
-        their own, by name; `has_tools` says whether the model can call tools. `applies` says which rewards score which
-        tasks."""
+        """Plain functions in `rewards` run inline. A reward without an entry in `weights` has weight 1; failures of a
+        reward with weight 0 never stop the run, because training does not use it. `environments` are the environments
+        with a reward of their own, by name; `has_tools` says whether the model can call tools; `applies` says which
+        rewards score which tasks."""
         self.rewards: dict[str, Grader] = {
             name: reward if isinstance(reward, Inline | Isolated | Hosted) else Inline(name, reward, {})
             for name, reward in rewards.items()
@@ -87,12 +87,12 @@ class Scorer:
         self._state = {"global_step": 0, "max_steps": max_steps}
         self._logged: dict[str, list[float]] = {}
         self._owners: dict[str, str] = {}
-        self._by_steps: set[str] = set()  # the environments of which a step has given a reward
+        self._by_steps: set[str] = set()  # names of the environments that have rewarded a step
         self.progress: Progress | None = None
 
     def graders(self, source: str = "data") -> list[str]:
-        """Whose score says whether a completion of a source's task is right: of the first reward that scores them, or
-        of the environments where there is none."""
+        """The rewards that decide whether an answer to a source's task is right: the first reward that scores the
+        source, or the environments if there is no such reward."""
         return [name for name in self.rewards if self.applies(name, source)][:1] or list(self.environments)
 
     @classmethod
@@ -105,12 +105,14 @@ class Scorer:
         hosts: Sequence[tuple[Host, EnvironmentConfig]] = (),
         applies: Applying = ALL,
     ) -> Scorer:
-        """The rewards that a recipe names, ready; `system` is the system message of its text prompts. `functions` are
-        those that were given as objects, by their `use`. `hosts` are those of the recipe's environments, with their
-        sections: their own rewards are scores as well, and functions that take `environments` are called there.
-        `applies` says which rewards score which tasks.
+        """The scorer of a recipe's rewards, loaded and ready.
 
-        Raises UserError for one that cannot be had, for arguments that do not fit, and for two of one name.
+        `system` is the system message before text prompts. `functions` has the functions that were passed as objects,
+        by their `use`. `hosts` are the hosts of the recipe's environments with their sections: the environments' own
+        rewards are scores as well, and functions that take `environments` run in the hosts. `applies` says which
+        rewards score which tasks.
+
+        Raises UserError for a reward that cannot be loaded, for arguments that do not fit, and for duplicate names.
         """
         functions = functions or {}
         rewards: dict[str, Grader] = {}
@@ -118,12 +120,12 @@ class Scorer:
             grader = _grader(config, system, functions.get(config.use))
             if grader.name in rewards:
                 raise UserError(
-                    f"rewards: two of them are called {grader.name!r}; metrics need one name each: give one a name of "
-                    "its own (name: ...)"
+                    f"rewards: two rewards have the name {grader.name!r}, but metrics need unique names: give one of "
+                    "them another name (name: ...)"
                 )
             rewards[grader.name] = grader
         _check_names(rewards, [host.description.name for host, _ in hosts])
-        for name, config in zip(rewards, configs, strict=True):  # their processes are starting side by side
+        for name, config in zip(rewards, configs, strict=True):  # their processes start in parallel
             rewards[name].wait_ready()
             if rewards[name].takes_environments:
                 rewards[name].close()
@@ -147,12 +149,12 @@ class Scorer:
 
     @property
     def judges(self) -> list[Judge]:
-        """The judges among the rewards: they grade once they are bound to the policy."""
+        """The judges among the rewards. A judge can grade after `Judge.bind`."""
         return [reward.judge for reward in self.rewards.values() if isinstance(reward, Judged)]
 
     @property
     def lends_environments(self) -> bool:
-        """Whether a reward takes `environments`, so that a conversation's must live until it is scored."""
+        """Whether a reward takes `environments`, so that an environment must stay alive until it is scored."""
         return any(isinstance(reward, Hosted) for reward in self.rewards.values())
 
     @property
@@ -161,56 +163,58 @@ class Scorer:
 
     @property
     def failures_by_kind(self) -> dict[str, int]:
-        """The conversations whose environment failed, by kind of failure; empty without environments."""
+        """Number of conversations whose environment failed, by kind of failure; empty without environments."""
         return failures_by_kind(self.records)
 
     def failure_counts(self) -> dict[str, float]:
-        """The failures so far as metrics, which can be added up over processes."""
+        """The failures so far as metrics, which can be summed over processes."""
         counts = {f"rewards/{name}/failures": float(count) for name, count in self.failures.items()}
         return counts | {f"environment/failures/{kind}": float(n) for kind, n in self.failures_by_kind.items()}
 
     def failures_of(self, kind: FailureKind) -> dict[str, int]:
-        """Those of the failures that are of a kind, by name."""
+        """Number of failures of one kind, by reward."""
         return {name: record.kinds[kind] for name, record in self.records.items()}
 
     def begin(self, step: int) -> None:
-        """Training step `step` (from 1) begins: rewards are told so, and what they log is counted anew."""
-        self._state["global_step"] = step - 1  # as in TRL: the steps that are done
+        """Begin training step `step` (from 1): set the `global_step` that rewards see, and reset logged metrics."""
+        self._state["global_step"] = step - 1  # as in TRL: the number of finished steps
         self._logged = {}
 
     def metrics(self) -> dict[str, float]:
-        """What there is to tell about the rewards themselves, since `begin` and since the start."""
-        told = {name: fmean(values) for name, values in self._logged.items()}
+        """Metrics of the rewards: logged values since `begin`, failures and latencies since the start."""
+        metrics = {name: fmean(values) for name, values in self._logged.items()}
         for name, record in self.records.items():
-            told[f"rewards/{name}/failures"] = float(record.failures)
+            metrics[f"rewards/{name}/failures"] = float(record.failures)
             if record.seconds:
-                told |= {f"time/rewards/{name}/p{p}": record.latency(p / 100) for p in (50, 95)}
-        return told
+                metrics |= {f"time/rewards/{name}/p{p}": record.latency(p / 100) for p in (50, 95)}
+        return metrics
 
     def request(self, groups: Sequence[Group]) -> ScoringRequest:
-        """What a reward that scores them is given of `groups`."""
+        """The request that a reward gets to score `groups`."""
         return request_of(groups, columns_of([group.task for group in groups]), self._state)
 
     def steps_reward(self, environments: Iterable[str]) -> None:
-        """Know of these environments that their steps give rewards: in other processes' shares of a run, say."""
+        """Note that these environments reward steps, for example because another process has seen a rewarded step."""
         self._by_steps |= set(environments)
 
     def agreed(self, groups: Sequence[Group]) -> list[Group]:
-        """Groups that several processes have scored, with the scores that one process would have given: which
-        environments reward steps (`own_answers`), each knew only by its own share."""
+        """Groups that several processes have scored, with the scores that a single process would have given.
+
+        Each process knew only from its own groups which environments reward steps (`own_answers`).
+        """
         self._by_steps |= rewarding_steps(groups)
         return with_sums_of_none(groups, self._by_steps & set(self.environments))
 
     def open(self, tasks: Sequence[Task]) -> Scoring:
-        """A scoring of the groups that these tasks will have: it is given each group as soon as that is whole."""
+        """A scoring for the groups of these tasks, which takes each group as soon as the group is whole."""
         return Scoring(self.rewards, tasks, self._state, self.progress, self.applies)
 
     def score(self, groups: Sequence[Group], scoring: Scoring | None = None) -> list[Group]:
         """The same groups with `scores`, `failures`, `extras` and `logged` in their rollouts.
 
-        `scoring` has been given some of the groups before, or none; what comes of it is the same. Raises
-        BrokenRewardError, with the first traceback, when a function failed on more than its `max_failure_rate` of
-        completions lately: a broken grader is not training.
+        `scoring` may already have some of the groups; the result is the same. Raises BrokenRewardError, with the first
+        traceback, if a function recently failed on more than its `max_failure_rate` of completions: a run with a broken
+        grader would not learn.
         """
         if not groups:  # a process whose share is empty
             return []
@@ -218,7 +222,7 @@ class Scorer:
         try:
             self._by_steps |= rewarding_steps(groups)
             answers = scoring.answers(groups) | own_answers(groups, self.environments, self._by_steps)
-        except BaseException:  # a second Ctrl-C: nobody waits for what is still under way
+        except BaseException:  # a second Ctrl-C: do not wait for calls that are under way
             self.close()
             raise
         answers = {
@@ -235,18 +239,18 @@ class Scorer:
             record = self.records[name]
             stops = name in self.environments or name not in self.metrics_only
             if record.broken is not None and stops:
-                said = f"{self._what(name)} {record.broken}. The first time: {record.first_error}"
+                said = f"{self._what(name)} {record.broken}. First error: {record.first_error}"
                 raise BrokenRewardError(said, scored)
         return scored
 
     def state(self) -> dict[str, Any]:
-        """What it has counted, as JSON holds it: what `load_state` takes."""
+        """The counts, as JSON values for `load_state`."""
         records = {name: record.state() for name, record in self.records.items()}
         by_steps = sorted(self._by_steps)
         return {"global_step": self._state["global_step"], "records": records, "by_steps": by_steps}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on counting; a function that is new starts from nothing."""
+        """Restore the counts of `state`; a new function starts at 0."""
         self._state["global_step"] = state["global_step"]
         self._by_steps = set(state.get("by_steps", ()))
         for name, record in self.records.items():
@@ -254,28 +258,31 @@ class Scorer:
                 record.load_state(state["records"][name])
 
     def check(self, columns: Collection[str], source: str = "data") -> None:
-        """Raise UserError for a function that cannot be had, or not be called with these columns of a source of
-        tasks."""
+        """Raise UserError for a function that cannot be loaded, or cannot be called with these columns of a data
+        source."""
         for name, reward in self.rewards.items():
             if self.applies(name, source) and (problem := reward.problem(columns)):
-                one = None if source in TAKEN else source
-                hint = column_hint(problem, columns, one)
+                named_source = None if source in TAKEN else source
+                hint = column_hint(problem, columns, named_source)
                 raise UserError(f"reward {name!r}: {problem}.{hint}{self._unless(source, '.' if hint else '')}")
 
     def close(self) -> None:
-        """Leave no worker behind."""
+        """End all workers."""
         for reward in self.rewards.values():
             reward.close()
 
     def _unless(self, source: str, stop: str) -> str:
-        """What else to do about a reward that does not fit the columns of one of several sources; `stop` ends what
-        was said before."""
+        """Further advice about a reward that does not fit the columns of one of several sources; `stop` ends the
+        previous sentence."""
         if source in TAKEN:
             return ""
-        return f"{stop} These are columns of the source {source!r}: if the reward is not for it, name its rewards there"
+        return (
+            f"{stop} These are the columns of the source {source!r}: if the reward is not for this source, list the "
+            "source's rewards under it"
+        )
 
     def _told_apart(self, name: str, answer: Answer) -> Answer:
-        """The answer with `NAME/column` for a column of `log_extra` that another reward logged before this one."""
+        """The answer with `NAME/column` instead of a `log_extra` column that another reward has used first."""
         owned = {column: self._owners.setdefault(column, name) == name for column in answer.extras}
         extras = {column if owned[column] else f"{name}/{column}": values for column, values in answer.extras.items()}
         return replace(answer, extras=extras)
@@ -285,7 +292,7 @@ class Scorer:
         return f"{own.noun if own else 'reward'} {name!r}"
 
     def _note(self, name: str, answers: Placed, groups: Sequence[Group]) -> None:
-        """Count, and warn of a first failure."""
+        """Record the answers of a reward, and warn about its first failure."""
         record = self.records[name]
         was_fine = not record.failures
         record.add(answers)
@@ -312,7 +319,7 @@ class Scorer:
 
 
 def _grader(config: RewardConfig, system: str | None, function: Function | None) -> Inline | Isolated:
-    """The reward of a recipe's line: a model, the judge, or a function."""
+    """The grader of a recipe's reward: a model, the judge, or a function."""
     if config.model:
         return Modeled(config, system)
     if config.judges:
@@ -321,24 +328,24 @@ def _grader(config: RewardConfig, system: str | None, function: Function | None)
 
 
 def _masked(answer: Answer) -> Answer:
-    """The answer without secrets in its errors: a service that refuses a key may quote it."""
+    """The answer with secrets masked in its errors: a service that refuses an API key may quote the key."""
     return replace(answer, failures={place: masked(error) for place, error in answer.failures.items()})
 
 
 def _scored(rollout: Rollout, found: dict[str, Any]) -> Rollout:
-    """The rollout with what was found of it. It failed as well if its environment did."""
+    """The rollout with its scores and failures. A rollout whose environment failed counts as failed."""
     conversation = rollout.trajectory.conversation
     broke = conversation is not None and conversation.failure is not None
     return replace(without_home(rollout), **{**found, "failed": found["failed"] or broke})
 
 
 def _check_names(rewards: Collection[str], environments: Sequence[str]) -> None:
-    """Raise UserError for an environment that is called as a reward is, or as another environment."""
+    """Raise UserError for an environment with the name of a reward or of another environment."""
     for place, name in enumerate(environments):
         if name in rewards or name in environments[:place]:
-            what = "a reward and an environment are" if name in rewards else "two of the environments are"
+            what = "a reward and an environment" if name in rewards else "two environments"
             raise UserError(
-                f"{what} called {name!r}; metrics need one name each: give the environment a name of its own "
+                f"{what} have the name {name!r}, but metrics need unique names: give the environment another name "
                 "(environment.name, or environments.<key>.name)"
             )
 
@@ -349,7 +356,7 @@ def _located(name: str, config: RewardConfig) -> Located:
 
 
 def _by_place(answers: Mapping[str, Placed], count: int, metrics_only: Collection[str]) -> Iterator[dict[str, Any]]:
-    """What each rollout gets of the answers, in order."""
+    """Yield the fields that each rollout gets from the answers, in the order of the rollouts."""
     scores: list[dict[str, float | None]] = [dict.fromkeys(answers) for _ in range(count)]
     failures: list[dict[str, Failure]] = [{} for _ in range(count)]
     extras: list[dict[str, Any]] = [{} for _ in range(count)]
@@ -357,8 +364,8 @@ def _by_place(answers: Mapping[str, Placed], count: int, metrics_only: Collectio
     for name, placed in answers.items():
         for places, answer in placed:
             if len(places) == 1:
-                for metric, told in answer.metrics.items():  # two rewards may log under one name
-                    logged[places[0]].setdefault(metric, []).extend(told)
+                for metric, numbers in answer.metrics.items():  # two rewards may log under one name
+                    logged[places[0]].setdefault(metric, []).extend(numbers)
             for place, value in zip(places, answer.values, strict=True):
                 scores[place][name] = value
             for inside, error in answer.failures.items():
@@ -366,6 +373,6 @@ def _by_place(answers: Mapping[str, Placed], count: int, metrics_only: Collectio
             for column, values in answer.extras.items():
                 for place, value in zip(places, values, strict=True):
                     extras[place][column] = value
-    for own, failed, extra, all_told in zip(scores, failures, extras, logged, strict=True):
-        counts, means = bool(set(failed) - set(metrics_only)), {name: fmean(told) for name, told in all_told.items()}
-        yield {"scores": own, "failures": failed, "extras": extra, "logged": means, "failed": counts}
+    for score, failed, extra, metrics in zip(scores, failures, extras, logged, strict=True):
+        counts, means = bool(set(failed) - set(metrics_only)), {name: fmean(values) for name, values in metrics.items()}
+        yield {"scores": score, "failures": failed, "extras": extra, "logged": means, "failed": counts}

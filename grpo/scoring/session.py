@@ -1,10 +1,10 @@
-"""One scoring: each group is given to the rewards as soon as it is whole, while others are still sampled.
+"""One scoring: the rewards get each group as soon as the group is whole, while other groups are still being sampled.
 
-What comes of it does not depend on when a group was whole. A reward in a process of its own that takes a group or a
-completion at a time is called for each group as it comes, from a thread of its own. So is a reward that takes
-`environments`, where these live; they are given back when the last such reward is done. A reward that takes a whole
-step has to wait for all groups. So does a reward in this process: Python runs one thread at a time, so decoding would
-wait for it in any case, and what interrupts a run reaches the main thread alone.
+The result does not depend on when a group was whole. A reward in a worker process that takes a group or a completion
+per call is called for each group as the group arrives, from the worker's thread. The same holds for a reward that takes
+`environments`, which runs in their processes; the environments are released when the last such reward is done. A reward
+that takes a whole step waits for all groups. So does a reward in this process: Python runs one thread at a time, so
+decoding would wait for the reward anyway, and Ctrl-C reaches only the main thread.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ Rewards = Mapping[str, Grader]
 
 
 class Scoring:
-    """The groups of `tasks` on their way through the rewards.
+    """Scores the groups of `tasks` as they arrive.
 
-    `add` takes a group that is whole, and groups may come in any order; `answers` waits for all that is left.
+    `add` takes a whole group, in any order of groups; `answers` waits for all remaining scores.
     """
 
     def __init__(
@@ -40,8 +40,8 @@ class Scoring:
         progress: Progress | None = None,
         applies: Applying = ALL,
     ) -> None:
-        """`state` is what rewards are told of the trainer; `progress` is told how many completions have all scores;
-        `applies` says which rewards are called for which tasks."""
+        """`state` is the trainer state that rewards get; `progress` gets the number of completions that have all their
+        scores; `applies` says which rewards score which tasks."""
         self._rewards, self._state, self._progress, self._applies = rewards, state, progress, applies
         self._columns = {name: columns_of([t for t in tasks if applies(name, t.source)]) for name in rewards}
         self._early = {
@@ -56,7 +56,7 @@ class Scoring:
                 reward.begin()
 
     def add(self, place: int, group: Group) -> None:
-        """The group of task number `place` is whole: call the rewards that need not wait for others."""
+        """Take the whole group of task number `place`, and call the rewards that need no other group."""
         requests = self._requests(self._early, [group])
         running = {name: self._early[name].submit(self._call(name, place), one) for name, one in requests.items()}
         self._running[place] = running
@@ -64,10 +64,10 @@ class Scoring:
         _when_done(borrowing, lambda: _give_back(group))
 
     def answers(self, groups: Sequence[Group]) -> dict[str, Placed]:
-        """Every answer, by reward, with the places of its completions among those of all groups.
+        """All answers by reward, with the indices of their completions among the completions of all groups.
 
-        A completion whose environment failed is in no call: there is nothing whole to score.
-        `groups` are those of all tasks, in their order; what was not added before is now. Waits for the last answer.
+        `groups` are the groups of all tasks, in order; groups that have not been added are added now. Completions
+        whose environment failed are not scored. Waits for the last answer.
         """
         for place, group in enumerate(groups):
             if place not in self._running:
@@ -86,13 +86,13 @@ class Scoring:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Whatever has not been asked for by now, nobody wants any more. A call that is under way ends by itself."""
+        """Cancel the calls that have not started. A call that is under way runs to its end."""
         for futures in self._running.values():
             for future in futures.values():
                 future.cancel()
 
     def _of_all(self, groups: Sequence[Group]) -> dict[str, Placed]:
-        """The answers of the rewards that have to wait for all groups."""
+        """The answers of the rewards that wait for all groups."""
         others = {name: reward for name, reward in self._rewards.items() if name not in self._early}
         requests = self._requests(others, groups)
         asked = {name: reward for name, reward in others.items() if name in requests}
@@ -103,11 +103,11 @@ class Scoring:
         return {name: placed.get(name, []) for name in others}
 
     def _call(self, name: str, place: int) -> Callable[[ScoringRequest], Answers]:
-        """What a reward's thread does for a group."""
+        """The function that a reward's thread runs for a group."""
         reward = self._early[name]
 
         def score(request: ScoringRequest) -> Answers:
-            fatal = self._fatal[reward.name]  # touched by this one thread alone
+            fatal = self._fatal[reward.name]  # only this thread uses it
             if _gave_up(fatal, place):
                 return [(span, untried(span)) for span in request.spans(reward.calls)]
             answers = reward.score(request)
@@ -118,8 +118,8 @@ class Scoring:
         return score
 
     def _requests(self, names: Iterable[str], groups: Sequence[Group]) -> dict[str, ScoringRequest]:
-        """What each reward is given of the groups that it scores; of none, nothing. Rewards that are given the same
-        share one request."""
+        """The request for each reward with the groups that it scores; a reward that scores none of them has no
+        request. Rewards with the same groups and columns share one request."""
         made: dict[tuple[tuple[int, ...], tuple[str, ...]], ScoringRequest] = {}
         requests = {}
         for name in names:
@@ -138,11 +138,11 @@ class Scoring:
 
 
 def request_of(groups: Sequence[Group], columns: Collection[str], state: Mapping[str, Any]) -> ScoringRequest:
-    """What a reward function is given of `groups`, with these columns of the dataset.
+    """The request to score `groups`, with these columns of the dataset.
 
-    As in TRL, `completion_ids` are all tokens after the prompt, and of a conversation `completions` are all messages
-    after the prompt, and `prompts` the messages that the environment's `reset` may have added to. Completions whose
-    environment failed are left out.
+    As in TRL, `completion_ids` are all tokens after the prompt. For a conversation, `completions` are all messages
+    after the prompt, and `prompts` are the messages of the prompt, including those that the environment's `reset`
+    added. Completions whose environment failed are left out.
     """
     whole = [[(group.task, r.trajectory) for r in group.rollouts if not _broke(r.trajectory)] for group in groups]
     rows = [row for of_group in whole for row in of_group]
@@ -150,32 +150,33 @@ def request_of(groups: Sequence[Group], columns: Collection[str], state: Mapping
     given["prompts"] = [prompt_of(task, trajectory) for task, trajectory in rows]
     given["completions"] = [as_prompted(task.prompt, trajectory) for task, trajectory in rows]
     given["completion_ids"] = [list(trajectory.token_ids) for _, trajectory in rows]
-    given.pop("prompt", None)  # as in TRL: it is there as `prompts`
+    given.pop("prompt", None)  # as in TRL: rewards get it as `prompts`
     conversations = [trajectory.conversation for _, trajectory in rows]
     return ScoringRequest(given, list(map(len, whole)), state, conversations)
 
 
 def columns_of(tasks: Sequence[Task]) -> list[str]:
-    """The names of all columns that a task has."""
+    """The names of all columns of the tasks, without duplicates."""
     return list(dict.fromkeys(name for task in tasks for name in task.columns))
 
 
 def prompt_of(task: Task, trajectory: Trajectory) -> Prompt:
-    """The prompt as rewards see it: of a conversation the messages that it began with."""
+    """The prompt that rewards get; for a conversation, its initial messages."""
     return task.prompt if trajectory.conversation is None else list(trajectory.conversation.prompt)
 
 
 def as_prompted(prompt: Prompt, trajectory: Trajectory) -> str | list[Message]:
-    """Text for a text prompt, a list of one message for a prompt of messages; of a conversation all its messages."""
+    """The completion in the prompt's form: a text, or a list of one message; for a conversation, all its messages."""
     if trajectory.conversation is not None:
         return list(trajectory.conversation.messages)
     return trajectory.text if isinstance(prompt, str) else [{"role": "assistant", "content": trajectory.text}]
 
 
 def _gave_up(fatal: Mapping[int, Sequence[bool]], place: int) -> bool:
-    """Whether so many calls in a row before this group have ended their process that the rest need not be tried.
+    """Whether `DEATHS` consecutive calls before this group ended their process, so that later calls are skipped.
 
-    A group that has not been scored yet counts as survived: what is not tried here is never tried by `_in_order`.
+    A group that has not been scored yet counts as survived, so that a call is skipped here only if `_in_order` would
+    discard its answer.
     """
     deaths = 0
     for before in range(place) if fatal else ():
@@ -190,16 +191,19 @@ def _broke(trajectory: Trajectory) -> bool:
     return trajectory.conversation is not None and trajectory.conversation.failure is not None
 
 
-def _placed(answers: Answers, groups: Sequence[Group], asked: Collection[int]) -> Placed:
-    """The answers with places among all completions of `groups`, from spans of those that a request has: of the groups
-    `asked`, the completions that did not break."""
+def _placed(answers: Answers, groups: Sequence[Group], requested: Collection[int]) -> Placed:
+    """The answers with indices among all completions of `groups`.
+
+    The answers' spans count only the completions in the request: those of the groups `requested` whose environment
+    did not fail.
+    """
     rollouts = [(number, rollout) for number, group in enumerate(groups) for rollout in group.rollouts]
-    places = [at for at, (number, one) in enumerate(rollouts) if number in asked and not _broke(one.trajectory)]
+    places = [at for at, (number, r) in enumerate(rollouts) if number in requested and not _broke(r.trajectory)]
     return [(tuple(places[begin:end]), answer) for (begin, end), answer in answers]
 
 
 def _when_done(futures: Sequence[Future[Answers]], then: Callable[[], object]) -> None:
-    """Call `then` once, when all of these are done or cancelled; at once if there are none."""
+    """Call `then` once, when all futures are done or cancelled; immediately if there are none."""
     left, lock = len(futures), threading.Lock()
 
     def done(_: object) -> None:
@@ -217,7 +221,7 @@ def _when_done(futures: Sequence[Future[Answers]], then: Callable[[], object]) -
 
 
 def _give_back(group: Group) -> None:
-    """Let the environments of a group serve other conversations."""
+    """Release the environments of a group for other conversations."""
     for rollout in group.rollouts:
         conversation = rollout.trajectory.conversation
         if conversation is not None and conversation.home is not None:
@@ -227,8 +231,8 @@ def _give_back(group: Group) -> None:
 def _in_order(answers: Sequence[Placed], groups: Sequence[Group]) -> Placed:
     """The groups' answers joined, as if the calls had been made in the order of the groups.
 
-    After `DEATHS` calls in a row that ended their process the rest counts as not tried, even if it was: a group that
-    was whole earlier than its neighbors must not fare better for it.
+    After `DEATHS` consecutive calls that ended their process, later answers count as not called, even if they exist.
+    Otherwise the scores would depend on which group was whole first.
     """
     joined: Placed = []
     first = deaths = 0

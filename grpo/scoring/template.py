@@ -1,21 +1,21 @@
-"""What `grpo rewards new` writes."""
+"""The file that `grpo rewards new` writes."""
 
-TEMPLATE = '''"""What this reward grades, in a line."""
+TEMPLATE = '''"""One line that says what this reward grades."""
 
 import re
 from typing import Any
 
-# What one call gets: "completion" (a failure costs that completion), "group" (all of a prompt) or "step" (all there
-# are: for functions that compare, or that ask a service about many at once).
+# What one call gets: "completion" (a failure affects only one completion), "group" (all completions of a prompt) or
+# "step" (all completions of a training step, for functions that compare, or that send batches to a service).
 CALLS = "completion"
 
 
 def reward(completions: list[Any], answer: list[Any], points: float = 1.0, **columns: Any) -> list[float | None]:
-    """A score for each completion; None where there is nothing to grade, which is not the same as 0.
+    """A score for each completion; None if there is nothing to grade, which is not the same as 0.
 
-    Every column of the dataset arrives by name, a value for each completion (here `answer`); so do `prompts` and
-    `completion_ids`. `points` is an argument of its own: `kwargs: {points: 2}` in the recipe sets it. The function
-    may be async. What it raises is recorded, and that completion is left out.
+    Each column of the dataset arrives by name with one value per completion (here `answer`), and so do `prompts` and
+    `completion_ids`. The recipe sets `points`: `kwargs: {points: 2}`. The function may be async. If it raises an
+    exception, grpo records the failure and leaves the completion out of training.
     """
     return [score(text_of(c), a, points) for c, a in zip(completions, answer, strict=True)]
 
@@ -32,7 +32,7 @@ def text_of(completion: Any) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
-# What it must get right: `grpo rewards test` runs these, then completions that nobody would write.
+# The expected scores: `grpo rewards test` runs these cases, then unusual completions.
 CASES = [
     {"completion": "3 + 4 is 7", "answer": "7", "score": 1.0},
     {"completion": "3 + 4 is 8", "answer": "7", "score": 0.0},

@@ -1,4 +1,4 @@
-"""Completions as texts, whatever form they have, and numbers of them in words."""
+"""Converts completions of either form to text, and formats counts for messages."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from grpo.data.messages import text_of
 from grpo.types import Prompt, Trajectory
 
 SHORT = 100
-"""Characters of a completion that a line of an error shows."""
+"""Maximum number of characters of a completion in an error message."""
 
 
 def texts(completions: Iterable[Any]) -> list[str]:
-    """Each completion as a text: it is one, or a list of messages, of which `said` makes one."""
+    """Each completion as a text; lists of messages are converted by `said`."""
     return [said(completion) for completion in completions]
 
 
 def said(completion: Any) -> str:
-    """A text as it is; of messages what the assistant said in them, a line break between its turns.
+    """A text unchanged; for messages, the assistant's turns joined by line breaks.
 
-    What tools and environments answered is left out, so that a right answer in a tool's result is not the model's, and
-    so are the calls of tools. Of messages without an assistant's the last counts.
+    Results of tools and environments are left out, so that a right answer in a tool's result does not count as the
+    model's answer. Tool calls are left out too. Messages without an assistant's turn give the text of the last message.
     """
     if isinstance(completion, str):
         return completion
@@ -30,12 +30,12 @@ def said(completion: Any) -> str:
 
 
 def said_in(trajectory: Trajectory) -> str:
-    """What the model itself said: the text, or of a conversation what `said` makes of it."""
+    """The model's own text: the completion, or the assistant's turns of a conversation (`said`)."""
     return trajectory.text if trajectory.conversation is None else said(trajectory.conversation.messages)
 
 
 def last_said(prompt: Prompt, trajectory: Trajectory) -> str:
-    """How a completion is told from others in a line: the last thing that was said in it, or else its prompt."""
+    """A phrase that identifies a completion in a message: its last non-empty text, or else its prompt."""
     talk = trajectory.conversation
     spoken = [trajectory.text] if talk is None else [text_of(message) for message in talk.messages]
     if there := [text for text in spoken if text.strip()]:
@@ -44,16 +44,16 @@ def last_said(prompt: Prompt, trajectory: Trajectory) -> str:
 
 
 def short(text: str) -> str:
-    """A text in one line, cut off where it is long."""
+    """A text on one line, truncated to `SHORT` characters."""
     line = " ".join(text.split())
     return line if len(line) <= SHORT else f"{line[: SHORT - 1]}…"
 
 
 def as_text(value: Any) -> str:
-    """A text as it is; of a prompt's messages the text of the last."""
+    """A text unchanged; for a list of messages, the text of the last message."""
     return value if isinstance(value, str) else text_of(value[-1])
 
 
 def counted(count: int, noun: str = "completion") -> str:
-    """`1 completion`, `2,000 completions`."""
+    """A count with its noun: `1 completion`, `2,000 completions`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""Who grades when a reward is tried out: a function in a process of its own, or a reward model in this one."""
+"""Loads a reward for a test: a function in a worker process, or a reward model in this process."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from grpo.scoring.grader import Inline, Isolated
 from grpo.scoring.process import Worker, WorkerTerms
 
 SHORT = 200
-"""Characters of the longest completion of the fuzz that a model is given: it reads each of them whole."""
+"""Maximum number of characters of a fuzz completion for a reward model, which would be slow on long ones."""
 
 
 @contextmanager
 def cases_of(located: Located, terms: WorkerTerms, file: str | None) -> Iterator[tuple[list[Any], dict[str, Any]]]:
-    """The cases of a reward, and the arguments that they share, whose sources live as long as the block.
+    """The cases of a reward, and the arguments that they share (`case_kwargs`), which are valid inside the block.
 
-    Raises UserError where the function or the file cannot be had.
+    Raises UserError if the function or the file cannot be loaded.
     """
     if located.where == JUDGE:
         from grpo.scoring.judge import SELF
@@ -42,7 +42,7 @@ def cases_of(located: Located, terms: WorkerTerms, file: str | None) -> Iterator
 def grader_of(
     located: Located, kwargs: Mapping[str, Any], terms: WorkerTerms, calls: str | None = None
 ) -> Iterator[Inline | Isolated]:
-    """The reward with these arguments, ready. `calls`: what one call gets, where a function is not to decide that."""
+    """The reward with these arguments, ready. `calls` overrides what the function's file says about one call."""
     if model_in(located.where):
         yield _model(located.where, json.dumps(dict(kwargs), sort_keys=True, default=str))
         return
@@ -53,7 +53,7 @@ def grader_of(
 
 @lru_cache(1)
 def _model(use: str, kwargs: str) -> Inline:
-    """A reward model, which is loaded once for all calls. A call gets a group: of cases each is a group."""
-    from grpo.scoring.modeled import Modeled  # functions are tried without a model's libraries
+    """A reward model, loaded once for all calls. A call gets one group, and each case is a group."""
+    from grpo.scoring.modeled import Modeled  # tests of functions do not need the model's libraries
 
     return Modeled(with_settings(RewardConfig(use=use), {"kwargs": json.loads(kwargs)}, use), calls="group")

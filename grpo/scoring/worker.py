@@ -1,8 +1,8 @@
-"""The process that runs one reward function. Started as a script; it imports nothing of MLX.
+"""The process that runs one reward function. It is started as a script and does not import MLX.
 
-Its first message says where things are: `{path, located, kwargs, reading, cases}`, pickled; the reply, whether the
-function is ready. Then come requests, pickled, and replies in JSON, one for each call, so that the trainer always knows
-which call is under way. The function's prints go to standard output and error; the messages have a socket of their own.
+The first message is the setup, pickled: `{path, located, kwargs, reading, cases}`. The reply says whether the function
+is ready. Then the trainer sends pickled requests, and the worker sends one JSON reply per call, so that the trainer
+always knows which call is under way. Messages use a socket; the function's prints go to standard output and error.
 """
 
 import contextlib
@@ -16,10 +16,10 @@ from typing import Any
 
 
 def main(descriptor: int) -> None:
-    """Serve requests until the trainer is gone."""
+    """Serve requests until the trainer closes the socket."""
     channel = socket.socket(fileno=descriptor)
     channel.set_inheritable(False)
-    sys.path[:0] = [sys.argv[2]]  # where this package is
+    sys.path[:0] = [sys.argv[2]]  # the folder that contains this package
     from grpo.processes.channel import receive, send
 
     faulthandler.enable()
@@ -32,7 +32,7 @@ def main(descriptor: int) -> None:
     with contextlib.ExitStack() as stack:
         try:
             reward, hello = _load(setup, stack)
-        except BaseException as error:  # whatever the function's file does when imported
+        except BaseException as error:  # the import runs the user's code, which may raise anything
             hello = {"error": _in_short(error)}
         reply(hello)
         if "error" not in hello:
@@ -56,7 +56,7 @@ def _serve(channel: socket.socket, reward: Any, reply: Any) -> None:
 
 
 def _load(setup: dict[str, Any], stack: contextlib.ExitStack) -> tuple[Any, dict[str, Any]]:
-    """The reward, and what to say of it; where no `kwargs` are given, only what there is for tests."""
+    """The reward, and the first reply's content; without `kwargs`, no reward, and the cases in the reply."""
     from grpo.plugins import Located
     from grpo.scoring.arguments import takes_environments
     from grpo.scoring.casefile import find_cases
@@ -65,8 +65,8 @@ def _load(setup: dict[str, Any], stack: contextlib.ExitStack) -> tuple[Any, dict
 
     located = Located(*setup["located"])
     if setup["kwargs"] is not None:
-        reward, told = load(located, setup["kwargs"], **setup["reading"])
-        return reward, {**told, "environments": takes_environments(reward.function)}
+        reward, file_settings = load(located, setup["kwargs"], **setup["reading"])
+        return reward, {**file_settings, "environments": takes_environments(reward.function)}
     function = located.load()
     hello = {"calls": calls_of(function), "paid": is_paid(function), "environments": False}
     cases, case_kwargs = find_cases(function, located, setup["cases"])
@@ -77,7 +77,7 @@ def _score(reward: Any, request: dict[str, Any], reply: Any) -> None:
     columns, own = pickle.loads(request["columns"]), os.getpid()
     for begin, end in request["spans"]:
         answer = reward({name: values[begin:end] for name, values in columns.items()}, request["state"])
-        if os.getpid() != own:  # the function forked and returned twice: a second reply would pass for the next call's
+        if os.getpid() != own:  # the function forked and returned twice: a second reply would count for the next call
             os._exit(0)
         reply({name: getattr(answer, name) for name in answer.__slots__})
 

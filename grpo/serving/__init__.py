@@ -1,1 +1,1 @@
-"""A model and its adapters behind an OpenAI-compatible endpoint, decoded by the trainer's own generator."""
+"""Serves a model and its adapters at an OpenAI-compatible endpoint, decoded by the trainer's own generator."""

@@ -23,17 +23,17 @@ from grpo.serving.wire import ChatRequest, CompletionRequest, GenerateRequest, O
 log = logging.getLogger("grpo")
 Endpoint = Callable[[Request], Coroutine[Any, Any, Any]]
 ENDPOINTS = (
-    "there are GET /health, /v1/models and /v1/models/NAME, and POST /v1/chat/completions, /v1/completions and "
+    "the endpoints are GET /health, /v1/models and /v1/models/NAME, and POST /v1/chat/completions, /v1/completions and "
     "/inference/v1/generate"
 )
 GONE = 499
-"""The status of an answer to a client that has gone: nobody reads it."""
+"""Status of the response for a client that has disconnected: no client reads it."""
 GRACE = 30.0
-"""Seconds that a client may take to read a stream, after the time that an answer may take."""
+"""Seconds that a client may take to read a stream, in addition to the time limit of a response."""
 
 
 def application(service: Service, guard: Guard) -> Any:
-    """The ASGI application. It answers every mistake with a JSON object like OpenAI's."""
+    """The ASGI application. Every error is answered with a JSON object in OpenAI's form."""
 
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
@@ -91,7 +91,7 @@ def _session(service: Service, request: Request) -> SessionMemory | None:
 
 
 async def _stream(service: Service, request: Request, prepared: Answerable) -> Any:
-    """The response, once its first tokens are there: what goes wrong before is refused with a status of its own."""
+    """The response, after its first tokens exist: an error before that still gets its own HTTP status."""
     async with AsyncExitStack() as opened:
         exchange = opened.enter_context(service.begun(prepared.asks))
         events = service.events(prepared, exchange)
@@ -100,7 +100,7 @@ async def _stream(service: Service, request: Request, prepared: Answerable) -> A
 
 
 class _Streamed:
-    """A stream of server-sent events, and what is closed when it has ended, however that was."""
+    """A stream of server-sent events. Closes `opened` when the stream ends, whatever the reason."""
 
     def __init__(self, first: bytes, events: AsyncIterator[bytes], opened: AsyncExitStack, seconds: float) -> None:
         self._first, self._events, self._opened, self._seconds = first, events, opened, seconds
@@ -121,7 +121,7 @@ class _Streamed:
 
 
 def _answering(endpoint: Endpoint) -> Endpoint:
-    """The endpoint, every error of which is an answer."""
+    """The endpoint, with every exception turned into a response."""
 
     async def answer(request: Request) -> Any:
         try:
@@ -130,9 +130,9 @@ def _answering(endpoint: Endpoint) -> Endpoint:
             return _refused(refusal)
         except ClientDisconnect:
             return Response(status_code=GONE)
-        except Exception as error:  # ours: the log has it whole, the client has not
+        except Exception as error:  # our own error: only the log gets the details
             log.exception("a request failed")
-            return _refused(Refusal(500, f"the server failed: {type(error).__name__} (its log has the rest)"))
+            return _refused(Refusal(500, f"the server failed: {type(error).__name__} (see the server's log)"))
 
     return answer
 
@@ -147,7 +147,7 @@ async def _unknown(_: Request, error: Any) -> Any:
 
 
 async def _body(request: Request, limits: ServingLimits) -> bytes:
-    """The request's body. Raises Refusal for one that is no JSON by its header, too long, or too slow."""
+    """The request's body. Raises Refusal if its header does not say JSON, if it is too long, or if it is too slow."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Refusal(415, "the body must be JSON, with the header Content-Type: application/json")
@@ -157,14 +157,14 @@ async def _body(request: Request, limits: ServingLimits) -> bytes:
             async for chunk in request.stream():
                 found += chunk
                 if len(found) > limits.body_bytes:
-                    raise Refusal(413, f"the body has more than {limits.body_bytes:,} bytes")
+                    raise Refusal(413, f"the body is too large: the limit is {limits.body_bytes:,} bytes")
     except TimeoutError:
         raise Refusal(408, f"the body did not arrive within {limits.body_seconds:g} seconds") from None
     return bytes(found)
 
 
 async def _while_there(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
-    """What the work gives, as long as the client waits for it. Raises ClientDisconnect when it has gone."""
+    """The result of the work. Raises ClientDisconnect, and cancels the work, when the client disconnects."""
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)

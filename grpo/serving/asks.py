@@ -1,4 +1,4 @@
-"""What flows between the two sides: requests that the decoding thread is given, and what it tells about them."""
+"""The types that pass between the HTTP side and the decoding thread: requests, and their new tokens."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from grpo.types import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """`n` completions of a prompt by the model with the adapter `model` (a name that `Models.find` gives).
+    """A request for `n` completions of a prompt, with the adapter `model` (a name that `Models.find` returns).
 
-    Completion i draws by (`seed`, i, position) alone, as `Request` says: the trainer's generator gives the same. With
-    `gradually` tokens are told as they come, or else all of a completion's at its end. `session` is the id of the
-    session that it belongs to, if it belongs to one.
+    The draws of completion i depend only on (`seed`, i, position), as in `grpo.generation.generator.Request`: the
+    trainer's generator draws the same tokens. With `gradually`, tokens are reported as they come; otherwise all tokens
+    of a completion are reported at its end. `session` is the id of the request's session, or None.
     """
 
     model: str
@@ -34,10 +34,10 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """New tokens of completion `index`, with as many logprobs, where they were asked for.
+    """New tokens of completion `index`, and their logprobs if requested.
 
-    logprobs are fp32, in nats, at the sampling temperature (of greedy choices at 1). `ended` is why it ended with the
-    last of them, or None.
+    logprobs are fp32, in nats, at the sampling temperature (at 1 for greedy sampling). `ended` is the reason why the
+    completion ended with the last of these tokens, or None.
     """
 
     index: int
@@ -47,13 +47,13 @@ class Piece:
 
 
 Told = Sequence[Piece] | Refusal
-"""New tokens, or why there will be none."""
+"""New tokens, or the reason why there will be no more."""
 
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """A request under way. `tell` is called in the decoding thread. `rows` are the completions that decode, with how
-    many of their tokens have been told; `told` is the moment (`time.monotonic`) of that."""
+    """A request in progress. `tell` is called in the decoding thread. `rows` maps each completion that is decoding to
+    the number of its tokens that have been reported; `told` is the time (`time.monotonic`) of the last report."""
 
     ask: Ask
     tell: Callable[[Told], object]
@@ -65,19 +65,19 @@ class Ticket:
 
 
 class Answerer(Protocol):
-    """Answers requests, in a thread of its own. Its methods may be called from any thread."""
+    """Answers requests in its own thread. Its methods may be called from any thread."""
 
     @property
     def ended(self) -> bool:
-        """Whether nothing is decoded any more: all requests are refused."""
+        """Whether decoding has ended: all requests are refused."""
         ...
 
     def submit(self, ask: Ask, tell: Callable[[Told], object]) -> Ticket:
-        """Have a request answered. `tell` is called in the decoding thread, or in this one for a refusal, and returns
-        at once: with new tokens, until every completion has ended, or with a Refusal, which is the last that it is
-        told."""
+        """Queue a request. `tell` is called with new tokens until every completion has ended, or with a Refusal, which
+        is always the last call. The calls come from the decoding thread, or from the caller's thread for a refusal;
+        `tell` must return immediately."""
         ...
 
     def cancel(self, ticket: Ticket) -> None:
-        """Answer a request no longer; nothing if it is over."""
+        """Stop answering a request. Does nothing if the request is over."""
         ...

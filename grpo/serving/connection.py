@@ -1,4 +1,4 @@
-"""One client's connection, which can neither be held open for nothing nor break what the log says."""
+"""A client's connection with time limits: clients cannot hold connections open idly, or write into the log."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from grpo.serving.refusals import Refusal
 
 KEEP_ALIVE = 30
-"""Seconds that an idle connection is kept for the next request. Clients keep theirs for less (httpx: 5 seconds), or a
-request might be sent into a connection that is being closed."""
+"""Seconds that an idle connection stays open for the next request. This is longer than clients keep theirs (httpx: 5
+seconds), so that a client does not send a request into a connection that the server is closing."""
 HEAD_SECONDS = 60.0
-"""Seconds from a connection's beginning, or the last answer, until the head of the next request must be there whole."""
+"""Seconds for the complete head of a request to arrive, from the start of the connection or the last response."""
 READING_SECONDS = 30.0
-"""Seconds in which a client must make room for more of an answer, or take the last of it."""
+"""Seconds in which a client must read enough for more of a response to be sent, or read the rest of it."""
 LINGER_SECONDS = 2.0
-"""Seconds that a client has to read why the server hangs up."""
+"""Seconds that a client has to read the reason why the server closes the connection."""
 UNTOLD = 64
-"""Connections beyond the most that are served which are told so; more are cut."""
+"""Number of connections above the limit that get a refusal; any further connections are closed without a response."""
 MOST_AHEAD = 2**18
-"""Bytes that a client may send ahead while a request of its is being answered."""
+"""Bytes that a client may send ahead while the server answers its request."""
 
 
 class LimitedConnection(H11Protocol):  # type: ignore[misc]
-    """Uvicorn's connection, with these limits, and JSON for what is no HTTP.
+    """Uvicorn's connection with these limits, and with a JSON response to invalid HTTP.
 
-    It goes on reading while a request is answered, also where the client has sent the next one already: or else nobody
-    would see the client go.
+    It keeps reading while a request is being answered, even if the client has already sent the next request: otherwise
+    the server would not notice that the client disconnects.
     """
 
     transport: asyncio.Transport
@@ -43,7 +43,7 @@ class LimitedConnection(H11Protocol):  # type: ignore[misc]
         self._watch()
         most = self.limit_concurrency
         if most is not None and len(self.connections) > most + UNTOLD:
-            transport.abort()  # each takes a file descriptor
+            transport.abort()  # each connection takes a file descriptor
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._wait_for_head(False)
@@ -80,17 +80,17 @@ class LimitedConnection(H11Protocol):  # type: ignore[misc]
         self._limit_reading()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP, unless an answer has begun, and hang up."""
+        """Refuse invalid HTTP, unless a response has begun, and close the connection."""
         del msg
         self._refuse(Refusal(400, "this is not a valid HTTP request", "invalid_http"))
 
     @property
     def _answering(self) -> bool:
-        """Whether a request has come that has not been answered whole."""
+        """Whether a request has arrived whose response is not complete."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def _watch(self) -> None:
-        """Let the client have its time for the next head: from now on, or from when it has had it."""
+        """Run the time limit for the next request's head while the connection waits for one; stop it otherwise."""
         self._wait_for_head(not (self._answering or self._hung_up or self.transport.is_closing()))
 
     def _wait_for_head(self, waits: bool) -> None:
@@ -101,16 +101,15 @@ class LimitedConnection(H11Protocol):  # type: ignore[misc]
             self._head = None
 
     def _too_late(self) -> None:
-        said = f"no whole request came within {HEAD_SECONDS:g} seconds"
-        self._refuse(Refusal(408, said, "timeout"))
+        self._refuse(Refusal(408, f"no complete request arrived within {HEAD_SECONDS:g} seconds", "timeout"))
 
     def _refuse(self, refusal: Refusal) -> None:
-        """Answer so, if no answer has begun, and hang up.
+        """Send the refusal, if no response has begun, and close the connection.
 
-        What the client still sends is let go by for a while: to close at once would take back the answer before it is
-        read.
+        What the client still sends is ignored for a while: closing immediately would discard the response before the
+        client reads it.
         """
-        if self._answering:  # the request is not awaited any longer
+        if self._answering:  # end the request that is being answered
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
@@ -120,7 +119,7 @@ class LimitedConnection(H11Protocol):  # type: ignore[misc]
         self.flow.resume_reading()
         try:
             self.transport.write_eof()
-        except OSError:  # the client has gone already
+        except OSError:  # the client has already disconnected
             self.transport.abort()
         else:
             self._limit_reading(seconds=LINGER_SECONDS)
@@ -128,8 +127,8 @@ class LimitedConnection(H11Protocol):  # type: ignore[misc]
     def _written(self, refusal: Refusal) -> bytes:
         body = json.dumps(refusal.body()).encode()
         headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
-        told: Any = [(name.encode(), value.encode()) for name, value in headers.items()]
-        response = h11.Response(status_code=refusal.status, headers=told, reason=refusal.status.phrase.encode())
+        encoded: Any = [(name.encode(), value.encode()) for name, value in headers.items()]
+        response = h11.Response(status_code=refusal.status, headers=encoded, reason=refusal.status.phrase.encode())
         parts = (response, h11.Data(data=body), h11.EndOfMessage())
         return b"".join(self.conn.send(part) or b"" for part in parts)
 

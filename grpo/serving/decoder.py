@@ -1,4 +1,4 @@
-"""The thread that decodes. It alone touches the model, the generator and MLX."""
+"""The decoding thread: the only thread that uses the model, the generator and MLX."""
 
 from __future__ import annotations
 
@@ -28,24 +28,25 @@ from grpo.serving.shelf import Shelf
 log = logging.getLogger("grpo")
 
 KEPT_BYTES = 2**30
+"""Default limit on the bytes of keys and values that sessions keep."""
 PATIENCE = 1.0
-"""Seconds after which requests for another adapter keep those for the present one from entering."""
+"""After requests for another adapter have waited this many seconds, no more requests for the current one may enter."""
 
 PIECES = 500
-"""Times a second that new tokens are told, of all streams together: each takes a processor about 0.2 ms. A stream that
-is alone is told each token."""
+"""Limit on reports of new tokens per second, over all streams: each takes about 0.2 ms of a core. A single stream gets
+a report for each token."""
 
 
 class DecodingLoop:
-    """Answers requests in turns of one adapter each; within a turn rows enter while others decode.
+    """Answers requests in turns, one adapter per turn. Within a turn, rows enter while other rows decode.
 
-    `submit`, `cancel` and `close` may be called from any thread; `run` belongs to the thread that made the generator.
+    `submit`, `cancel` and `close` may be called from any thread; `run` only in the thread that created the generator.
     """
 
     def __init__(
         self, generator: Generator, shelf: Shelf, patience: float = PATIENCE, kept_bytes: int = KEPT_BYTES
     ) -> None:
-        """`kept_bytes`: of keys and values of what sessions were answered, at most."""
+        """`kept_bytes`: limit on the keys and values that are kept for sessions."""
         self._generator, self._shelf, self._patience = generator, shelf, patience
         self._inbox: SimpleQueue[Callable[[], object]] = SimpleQueue()
         self._waiting: dict[str, deque[Ticket]] = {}
@@ -54,23 +55,23 @@ class DecodingLoop:
         self._engine: Engine | None = None
         self._closed = False
         self.ended = False
-        """Whether nothing is decoded any more: all requests are refused."""
-        self._entered = 0.0  # the moment at which the last request entered
+        """Whether decoding has ended: all requests are refused."""
+        self._entered = 0.0  # the time at which the last request entered
 
     def submit(self, ask: Ask, tell: Callable[[Told], object]) -> Ticket:
-        """Have a request answered. `tell` is called in the decoding thread, and must return at once."""
+        """Queue a request. See `Answerer.submit`."""
         ticket = Ticket(ask, tell)
         self._inbox.put(lambda: self._enqueue(ticket))
-        if self.ended:  # nobody may look into the inbox any more
+        if self.ended:  # `run` may not read the inbox any more
             tell(ENDED)
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
-        """Answer a request no longer; nothing if it is over."""
+        """Stop answering a request. Does nothing if the request is over."""
         self._inbox.put(lambda: self._drop(ticket))
 
     def close(self) -> None:
-        """Let `run` return. Requests that are not over are refused."""
+        """Let `run` return. Requests in progress are refused."""
         self._inbox.put(self._end)
 
     def run(self) -> None:
@@ -83,11 +84,11 @@ class DecodingLoop:
         finally:
             self.ended = True
             self._take_in()
-            for ticket in [*self._live.values(), *(one for queue in self._waiting.values() for one in queue)]:
+            for ticket in [*self._live.values(), *(ticket for queue in self._waiting.values() for ticket in queue)]:
                 self._refuse(ticket, ENDED)
 
     def _take_in(self, wait: bool = False) -> None:
-        """Do what other threads have asked for; `wait` for something if there is nothing."""
+        """Run the calls that other threads have put into the inbox. With `wait`, block until there is one."""
         try:
             while True:
                 self._inbox.get(block=wait)()
@@ -119,12 +120,12 @@ class DecodingLoop:
             del self._waiting[name]
 
     def _serve(self, name: str) -> None:
-        """One turn of an adapter: until nothing of it decodes."""
+        """One turn of an adapter: it ends when no request for the adapter is decoding."""
         try:
             with self._shelf.use(name), self._generator.open() as self._engine:
                 self._decode(self._engine, name)
             self._recall.collect()
-        except Exception as error:  # whatever the model's own code raises, a file that is gone, or too little memory
+        except Exception as error:  # from the model's own code, a missing file, or too little memory
             self._failed(name, error)
         finally:
             self._engine = None
@@ -140,7 +141,7 @@ class DecodingLoop:
             self._take_in()
 
     def _admit(self, engine: Engine, name: str, began: float) -> None:
-        """Let waiting requests enter, as far as there are slots, and until others have waited long enough."""
+        """Let waiting requests enter while there are slots, unless requests for other adapters have waited too long."""
         while queue := self._waiting.get(name):
             ask = queue[0].ask
             full = self._live and len(self._live) + ask.n > self._generator.slots
@@ -162,7 +163,7 @@ class DecodingLoop:
             self._entered = time.monotonic()
 
     def _served_since(self, began: float) -> bool:
-        """Whether a request has entered in the turn that began then: each turn has one at least."""
+        """Whether a request has entered since the turn began: each turn serves at least one request."""
         return self._entered >= began
 
     def _others_wait(self, name: str, began: float) -> bool:
@@ -170,7 +171,7 @@ class DecodingLoop:
         return began < late and any(queue[0].arrived < late for other, queue in self._waiting.items() if other != name)
 
     def _tell(self, events: Events) -> None:
-        """Tell what the rows have come to."""
+        """Report new tokens of streams, and completions that have ended."""
         rows = [row for row in events.rows if row in self._live]
         ending = {self._live[row]: None for row in rows if row in events.ended}
         streams = {self._live[row]: None for row in rows if self._live[row].ask.gradually}
@@ -185,16 +186,16 @@ class DecodingLoop:
                 ticket.tell(pieces)
 
     def _piece(self, ticket: Ticket, row: Row) -> Piece | None:
-        """A row's tokens that have not been told; None where it is not time to."""
-        told, ended = ticket.rows[row], row.finish_reason
-        if ended is None and (not ticket.ask.gradually or told == len(row.token_ids)):
+        """A row's unreported tokens; None if there is nothing to report yet."""
+        reported, ended = ticket.rows[row], row.finish_reason
+        if ended is None and (not ticket.ask.gradually or reported == len(row.token_ids)):
             return None
         ticket.rows[row] = len(row.token_ids)
         if ended is not None:
             del ticket.rows[row], self._live[row]
             self._recall.expect(ticket.ask, row)
         index = ticket.order.index(row)
-        return Piece(index, tuple(row.token_ids[told:]), tuple(row.logprobs[told:]), ended)
+        return Piece(index, tuple(row.token_ids[reported:]), tuple(row.logprobs[reported:]), ended)
 
     def _refuse(self, ticket: Ticket, refusal: Refusal) -> None:
         if not ticket.over:
@@ -203,9 +204,9 @@ class DecodingLoop:
             ticket.tell(refusal)
 
     def _failed(self, name: str, error: Exception) -> None:
-        """Refuse what was under way; what waits for this adapter, too, if nothing was."""
+        """Refuse the requests that were decoding or, if there were none, those that wait for this adapter."""
         refusal = _refusal_of(error)
-        self._recall.clear()  # it may have been too little memory, and an unfinished turn leaves nothing
+        self._recall.clear()  # frees memory, which may have been the problem; rows of a failed turn leave nothing
         if refusal.status == 500:
             log.exception("decoding failed")
         tickets = list(dict.fromkeys(self._live.values())) or list(self._waiting.pop(name, ()))
@@ -218,15 +219,15 @@ def _refusal_of(error: Exception) -> Refusal:
     if isinstance(error, UserError):
         return Refusal(503, str(error), "model_not_loaded")
     if isinstance(error, RuntimeError) and out_of_memory(error):
-        said = "out of memory: serve with fewer --slots or a smaller --max-length, or ask for fewer tokens"
-        return Refusal(503, said, "out_of_memory")
-    return Refusal(500, f"decoding failed: {type(error).__name__} (the server's log has the rest)", "decoding_failed")
+        what = "out of memory: serve with fewer --slots or a smaller --max-length, or request fewer tokens"
+        return Refusal(503, what, "out_of_memory")
+    return Refusal(500, f"decoding failed: {type(error).__name__} (see the server's log)", "decoding_failed")
 
 
 class DecodingThread:
-    """A thread that makes a decoder and runs it, as long as the `with` block lasts.
+    """A thread that creates a decoder and runs it until the `with` block ends.
 
-    MLX lets no other thread evaluate what was begun there, so the model is loaded in this one.
+    The model is loaded in this thread, because MLX does not let other threads evaluate a thread's arrays.
     """
 
     def __init__(self, make: Callable[[], DecodingLoop]) -> None:
@@ -235,9 +236,9 @@ class DecodingThread:
         self._thread = Thread(target=self._run, name="decoding", daemon=True)
 
     def __enter__(self) -> DecodingLoop:
-        """The decoder, when it is made. Raises what making it raised."""
+        """Wait for the decoder and return it. Raises the exception that creating it raised."""
         self._thread.start()
-        if self._made.exception() is not None:  # the process may end now, which MLX must not see in its thread
+        if self._made.exception() is not None:  # the process may end now, and MLX must not be running in a thread then
             self._thread.join()
         return self._made.result()
 
@@ -248,10 +249,10 @@ class DecodingThread:
     def _run(self) -> None:
         try:
             decoder = self._make()
-        except BaseException as error:  # raised again where it is waited for
+        except BaseException as error:  # raised again in `__enter__`
             self._made.set_exception(error)
         else:
             self._made.set_result(decoder)
             decoder.run()
             del decoder
-        mx.clear_streams()  # one that MLX still finds when the process ends may abort it
+        mx.clear_streams()  # a stream that still exists when the process ends may abort it

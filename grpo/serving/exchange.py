@@ -1,4 +1,4 @@
-"""The asyncio side of a request under way."""
+"""The asyncio side of a request in progress."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from grpo.serving.refusals import Refusal
 
 
 class Exchange:
-    """The prompts of one HTTP request, which decode side by side. `choices` are what they have come to."""
+    """The prompts of one HTTP request, which decode in parallel, and their completions so far: `choices`."""
 
     def __init__(self, decoder: Answerer, asks: Sequence[Ask]) -> None:
         self.choices = [Completed(number) for number in range(sum(ask.n for ask in asks))]
         self._decoder, self._loop = decoder, asyncio.get_running_loop()
-        self._told: asyncio.Queue[tuple[int, Told]] = asyncio.Queue()
+        self._reports: asyncio.Queue[tuple[int, Told]] = asyncio.Queue()
         self._tickets: list[Ticket] = [self._submitted(ask, number * ask.n) for number, ask in enumerate(asks)]
 
     @property
@@ -26,31 +26,31 @@ class Exchange:
         return all(choice.ended for choice in self.choices)
 
     async def next(self) -> list[tuple[Completed, Piece]]:
-        """The next tokens, which are in their choices already. Raises Refusal where there will be none."""
-        first, told = await self._told.get()
-        if isinstance(told, Refusal):
-            raise told
-        found = [(self.choices[first + piece.index], piece) for piece in told]
+        """Wait for new tokens, add them to their choices, and return them. Raises Refusal if there will be no more."""
+        first, report = await self._reports.get()
+        if isinstance(report, Refusal):
+            raise report
+        found = [(self.choices[first + piece.index], piece) for piece in report]
         for choice, piece in found:
             choice.add(piece)
         return found
 
     async def end(self) -> list[Completed]:
-        """All choices, when they have ended."""
+        """Wait until all choices have ended, and return them."""
         while not self.over:
             await self.next()
         return self.choices
 
     def close(self) -> None:
-        """Let nothing of it decode any longer."""
+        """Stop decoding this request's prompts."""
         for ticket in self._tickets:
             self._decoder.cancel(ticket)
 
     def _submitted(self, ask: Ask, first: int) -> Ticket:
-        def tell(told: Told) -> None:
+        def tell(report: Told) -> None:
             try:
-                self._loop.call_soon_threadsafe(self._told.put_nowait, (first, told))
-            except RuntimeError:  # the loop is closed: nobody is left to be told
+                self._loop.call_soon_threadsafe(self._reports.put_nowait, (first, report))
+            except RuntimeError:  # the event loop is closed: nothing can receive tokens
                 self._decoder.cancel(ticket)
 
         ticket = self._decoder.submit(ask, tell)
@@ -58,18 +58,18 @@ class Exchange:
 
 
 class Turnstile:
-    """Lets so many requests be under way at once, those that wait included."""
+    """Limits the number of requests in progress, including those that wait for a slot."""
 
     def __init__(self, most: int) -> None:
         self.most, self.inside = most, 0
 
     @contextmanager
     def enter(self, requests: int = 1) -> Iterator[None]:
-        """Raises Refusal where there is no room."""
+        """Count requests as in progress inside the block. Raises Refusal if there would be too many."""
         if self.inside + requests > self.most:
             raise Refusal(
                 429,
-                f"{self.inside} requests are under way, and there may be {self.most}",
+                f"the server is busy: {self.inside} requests are in progress, and the limit is {self.most}",
                 "busy",
                 headers={"Retry-After": "1"},
             )

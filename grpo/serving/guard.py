@@ -1,4 +1,4 @@
-"""Who may ask: by the key, and by the name under which the server was reached."""
+"""Access control: by the API key, and by the host name that a request was sent to."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from grpo.serving.refusals import Refusal
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 OPEN = ("/health",)
-"""What needs no key."""
+"""Paths that need no key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """`key`: what clients must send as `Authorization: Bearer KEY`; None for nothing. `hosts`: the names in the header
-    Host that are answered, None for all. On this machine alone, only its own names are: else any page in a browser
-    could let a name of its own mean 127.0.0.1, and read the answers (DNS rebinding). `advice` is for who sends another
-    key."""
+    """Refuses requests with a wrong key or host.
+
+    `key`: clients must send it as `Authorization: Bearer KEY`; None: no key is needed. `hosts`: the accepted names in
+    the header Host; None: all. A server on loopback accepts only this machine's own names: otherwise any page in a
+    browser could make its own host name resolve to 127.0.0.1, and read the responses (DNS rebinding). `advice` tells a
+    client with a wrong key what to do.
+    """
 
     key: str | None = None
     hosts: tuple[str, ...] | None = LOOPBACK
@@ -35,19 +38,21 @@ class Guard:
                 return
             body = json.dumps(refusal.body()).encode()
             headers = {"content-type": "application/json", "content-length": str(len(body)), **refusal.headers}
-            told = [(name.encode(), value.encode()) for name, value in headers.items()]
-            await send({"type": "http.response.start", "status": int(refusal.status), "headers": told})
+            encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
+            await send({"type": "http.response.start", "status": int(refusal.status), "headers": encoded})
             await send({"type": "http.response.body", "body": body})
 
         return guarded
 
     def refusal(self, scope: Any) -> Refusal | None:
-        """Why a request is refused, if it is."""
+        """Why a request is refused; None if it is accepted."""
         headers = {name.lower(): value for name, value in scope["headers"]}
         host = _name_of(headers.get(b"host", b"").decode("latin-1"))
         if self.hosts is not None and host not in self.hosts:
             return Refusal(
-                403, f"this server answers to {', '.join(self.hosts)}, and not to {host!r:.100}", "unknown_host"
+                403,
+                f"this server does not accept the host name {host!r:.100}: use one of {', '.join(self.hosts)}",
+                "unknown_host",
             )
         if self.key is None or scope["path"] in OPEN:
             return None

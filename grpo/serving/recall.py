@@ -1,4 +1,4 @@
-"""What sessions were answered, as keys and values: their next turns do not compute their history again."""
+"""Keeps keys and values of sessions' answers, so that the next turns need not compute their history again."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from grpo.generation.rows import Computed, Row
 from grpo.serving.asks import Ask
 
 MOST_OF_A_SESSION = 4
-"""Answers of one session that are kept, the newest: a session may go on from an earlier one, or on several ways."""
+"""Number of answers kept per session, the newest. A session may continue from an earlier answer, or branch."""
 
 Key = tuple[str, str]
 """An adapter's name and a session's id: keys and values belong to the weights that computed them."""
 
 
 class Recall:
-    """Keeps keys and values of at most so many bytes, of the sessions that were used last. For the decoding thread."""
+    """Keeps keys and values of the most recently used sessions, up to `most_bytes`. For the decoding thread only."""
 
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes, self.nbytes = most_bytes, 0
@@ -23,33 +23,33 @@ class Recall:
         self._ended: dict[Row, Key] = {}
 
     def find(self, ask: Ask) -> Computed | None:
-        """What saves most of a request's prompt; None without a session, and where nothing is known."""
+        """The keys and values that cover most of a request's prompt; None if there are none, or no session."""
         if (key := _key(ask)) is None or key not in self._kept:
             return None
         self._kept.move_to_end(key)
-        best = max(self._kept[key], key=lambda one: one.usable(ask.prompt_ids))
+        best = max(self._kept[key], key=lambda computed: computed.usable(ask.prompt_ids))
         return best if best.usable(ask.prompt_ids) else None
 
     def expect(self, ask: Ask, row: Row) -> None:
-        """A row of this request has ended: its keys and values come with the next `collect`, or with a later one."""
+        """Note that a row of this request has ended: the next `collect`, or a later one, gets its keys and values."""
         if (key := _key(ask)) is not None:
             self._ended[row] = key
 
     def collect(self) -> None:
-        """Take over what ended rows have left."""
+        """Take the keys and values that ended rows have left."""
         for row in [row for row in self._ended if row.computed is not None]:
             key, computed, row.computed = self._ended.pop(row), row.computed, None
             assert computed is not None
             self._add(key, computed)
 
     def clear(self) -> None:
-        """Keep nothing, and expect nothing."""
+        """Drop everything that is kept or expected."""
         self._kept.clear()
         self._ended.clear()
         self.nbytes = 0
 
     def _add(self, key: Key, new: Computed) -> None:
-        others = [one for one in self._kept.pop(key, []) if one.shared(new.token_ids) < len(one.token_ids)]
+        others = [old for old in self._kept.pop(key, []) if old.shared(new.token_ids) < len(old.token_ids)]
         self._kept[key] = [*others, new][-MOST_OF_A_SESSION:]
         self._count()
         while self.nbytes > self.most_bytes:
@@ -57,7 +57,7 @@ class Recall:
             self._count()
 
     def _count(self) -> None:
-        self.nbytes = sum(one.nbytes for kept in self._kept.values() for one in kept)
+        self.nbytes = sum(computed.nbytes for kept in self._kept.values() for computed in kept)
 
 
 def _key(ask: Ask) -> Key | None:

@@ -1,4 +1,4 @@
-"""Why a request gets no answer, as HTTP says it and as OpenAI's clients read it."""
+"""Refusals: the HTTP status, and the error object that OpenAI's clients read."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ KINDS = {
     429: "rate_limit_error",
     504: "timeout_error",
 }
-"""`type` of the error object, by status; others below 500 are invalid requests, the rest errors of the server."""
+"""`type` of the error object by status. Any other status below 500 is an invalid request, from 500 a server error."""
 
 
 class Refusal(Exception):
-    """A request that is not answered. `param` names the field at fault, `code` is for programs."""
+    """The reason why a request is not answered. `param` names the wrong field; programs read `code`."""
 
     def __init__(
         self,
@@ -32,13 +32,13 @@ class Refusal(Exception):
         self.status, self.code, self.param, self.headers = HTTPStatus(status), code, param, dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """The JSON object that is answered."""
+        """The JSON object of the response."""
         kind = KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 def wrong(param: str | None, why: str, code: str | None = None) -> Refusal:
-    """The refusal of a request that cannot be answered as it is written."""
+    """The refusal of a request with a mistake: status 400, for the field `param`."""
     return Refusal(400, f"{param}: {why}" if param else why, code, param)
 
 

@@ -1,4 +1,4 @@
-"""What each endpoint does with a request, without HTTP."""
+"""The work of each endpoint, without HTTP."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True, slots=True)
 class ServingLimits:
-    """What one client can take from the others.
+    """Limits that keep one client from using up the server.
 
-    requests      under way at once, those that wait included; more are refused (429)
-    seconds       for an answer
-    body_bytes    of a request
-    body_seconds  for a request's body to arrive
+    requests      number in progress, including those that wait for a slot; more are refused (429)
+    seconds       time for a response
+    body_bytes    size of a request
+    body_seconds  time for a request's body to arrive
     """
 
     requests: int = 256
@@ -47,8 +47,8 @@ class ServingLimits:
 
 @dataclass(frozen=True, slots=True)
 class Answerable:
-    """A request that can be answered: what decodes, after which prompts, how it is read and told, and the session that
-    remembers it."""
+    """A request that is ready to be answered: its decoding requests and prompts, how to read the completions, the form
+    of the response, and the session that remembers it."""
 
     asks: Sequence[Ask]
     prompts: Sequence[Spoken]
@@ -58,17 +58,17 @@ class Answerable:
     session: SessionMemory | None = None
 
     def remember(self, ended: Iterable[tuple[Completed, Message]]) -> None:
-        """Let the session know what choices have come to."""
+        """Add choices that have ended, with their messages, to the session, if there is one."""
         if self.session is not None:
             n = self.asks[0].n
-            self.session.add([said_of(self.prompts[choice.index // n], choice, told) for choice, told in ended])
+            self.session.add([said_of(self.prompts[choice.index // n], choice, message) for choice, message in ended])
 
 
 class Service:
-    """Belongs to one event loop; `open` and `end` can be called from any thread.
+    """Answers requests. Use it in one event loop; `open` and `end` can be called from any thread.
 
-    `defaults` is how to sample unless a request says otherwise. With `sessions_only` requests are refused that belong
-    to no open session.
+    `defaults` is the sampling for settings that a request leaves out. With `sessions_only`, requests without an open
+    session are refused.
     """
 
     def __init__(
@@ -84,27 +84,27 @@ class Service:
         self._decoder, self._speaker, self._models, self._defaults = decoder, speaker, models, defaults
         self._sessions = Sessions(sessions_only)
         self._turnstile, self._began = Turnstile(self.limits.requests), int(time.time())
-        self._encoding = ThreadPoolExecutor(1, "encoding")  # long prompts take a while, and others wait meanwhile
+        self._encoding = ThreadPoolExecutor(1, "encoding")  # encoding a long prompt would block the event loop
 
     def close(self) -> None:
-        """End its own thread."""
+        """Shut down the encoding thread."""
         self._encoding.shutdown(wait=False, cancel_futures=True)
 
     def open(self, session: str, rules: SessionRules) -> None:
-        """Begin a session. Raises ValueError for one that is open."""
+        """Begin a session. Raises ValueError if it is already open."""
         self._sessions.open(session, rules)
 
     def end(self, session: str) -> SessionMemory:
-        """End a session, and give what was said in it; its requests are refused from now on. Those that are under way
-        are the decoder's to refuse. Raises KeyError for a session that is not open."""
+        """End a session, and return its answers. New requests of the session are refused from now on; refusing those in
+        progress is up to the decoder. Raises KeyError if the session is not open."""
         return self._sessions.end(session)
 
     def session(self, id: str | None) -> SessionMemory | None:
-        """The session of a request. Raises Refusal, see `Sessions.find`."""
+        """The session of a request. See `Sessions.find` for the Refusals that it raises."""
         return self._sessions.find(id)
 
     def health(self) -> Json:
-        """Raises Refusal where nothing can be answered."""
+        """`/health`. Raises Refusal if the server has stopped decoding."""
         if self._decoder.ended:
             raise ENDED
         return {"status": "ok"}
@@ -116,12 +116,12 @@ class Service:
         return {"object": "list", "data": [{"id": name, **shared} for name in self._models.names()]}
 
     def model(self, name: str) -> Json:
-        """`/v1/models/NAME`. Raises Refusal."""
+        """`/v1/models/NAME`. Raises Refusal if there is no such model."""
         self._found(name)
         return {**self.models()["data"][0], "id": name}
 
     async def chat(self, asked: ChatRequest, session: SessionMemory | None = None) -> Answerable:
-        """Raises Refusal."""
+        """Prepare a request to `/v1/chat/completions`. Raises Refusal."""
         tools = [] if asked.tool_choice == "none" else [tool.model_dump() for tool in asked.tools or ()]
 
         def made() -> tuple[Voice, Spoken]:
@@ -132,14 +132,14 @@ class Service:
         return self._prepared(asked, [prompt], bool(asked.logprobs), ChatForm, voice, session)
 
     async def completion(self, asked: CompletionRequest, session: SessionMemory | None = None) -> Answerable:
-        """Raises Refusal."""
+        """Prepare a request to `/v1/completions`. Raises Refusal."""
         prompts = await self._encoded(
-            lambda: [self._speaker.prompt_as_it_is(one, "prompt", session) for one in asked.prompts]
+            lambda: [self._speaker.prompt_as_it_is(prompt, "prompt", session) for prompt in asked.prompts]
         )
         return self._prepared(asked, prompts, asked.logprobs is not None, CompletionForm, session=session)
 
     async def whole(self, prepared: Answerable) -> Json:
-        """The answer at once. Raises Refusal."""
+        """Decode a prepared request, and return the whole response. Raises Refusal."""
         choices = await self._ended(prepared.asks)
         stopping = self._speaker.stopping(prepared.asks[0].sampling)
         reader = Reader(self._speaker, stopping, prepared.voice)
@@ -161,7 +161,7 @@ class Service:
 
     @contextmanager
     def begun(self, asks: Sequence[Ask]) -> Iterator[Exchange]:
-        """A request under way, until the end of the block. Raises Refusal where too many are."""
+        """Decode requests until the end of the block. Raises Refusal if too many are in progress."""
         with self._turnstile.enter(len(asks)):
             exchange = Exchange(self._decoder, asks)
             try:
@@ -170,8 +170,8 @@ class Service:
                 exchange.close()
 
     async def events(self, prepared: Answerable, exchange: Exchange) -> AsyncIterator[bytes]:
-        """The answer as server-sent events. What goes wrong after the first is the last of them; what goes wrong before
-        raises Refusal."""
+        """The response as server-sent events. A Refusal before the first event is raised; a later Refusal becomes the
+        last event."""
         form, stopping = prepared.form, self._speaker.stopping(prepared.asks[0].sampling)
         readers = [Reader(self._speaker, stopping, prepared.voice) for _ in exchange.choices]
         until = asyncio.get_running_loop().time() + self.limits.seconds
@@ -198,13 +198,13 @@ class Service:
             return await self._in_time(exchange.end(), asyncio.get_running_loop().time() + self.limits.seconds)
 
     async def _in_time(self, made: Coroutine[Any, Any, Made], until: float) -> Made:
-        """What a coroutine gives. Raises Refusal if that takes beyond the moment `until` of the event loop's clock."""
+        """The result of a coroutine. Raises Refusal if it is not done at the time `until` of the event loop's clock."""
         try:
             async with asyncio.timeout_at(until):
                 return await made
         except TimeoutError:
-            said = f"no answer within {self.limits.seconds:g} seconds: ask for fewer tokens"
-            raise Refusal(504, said, "timeout") from None
+            what = f"the response was not complete within {self.limits.seconds:g} seconds: request fewer tokens"
+            raise Refusal(504, what, "timeout") from None
 
     async def _encoded(self, make: Callable[[], Made]) -> Made:
         return await asyncio.get_running_loop().run_in_executor(self._encoding, make)
@@ -220,10 +220,10 @@ class Service:
     ) -> Answerable:
         gradually = bool(asked.stream)
         if asked.stream_options is not None and not gradually:
-            raise wrong("stream_options", "it is for streams: set stream to true, or leave it out")
-        given = [self._ask(asked.model, asked, one.ids, logprobs, session) for one in prompts]
-        asks = [replace(ask, gradually=gradually) for ask in given]
-        head = AnswerHead(asks[0].model, [one.ids for one in prompts], asks[0].n)
+            raise wrong("stream_options", "this field applies only to streams: set stream to true, or leave it out")
+        whole = [self._ask(asked.model, asked, prompt.ids, logprobs, session) for prompt in prompts]
+        asks = [replace(ask, gradually=gradually) for ask in whole]
+        head = AnswerHead(asks[0].model, [prompt.ids for prompt in prompts], asks[0].n)
         usage = asked.stream_options is not None and asked.stream_options.include_usage
         text = lambda ids: self._speaker.text(ids, special=True)  # noqa: E731
         made = form(head, text, bool(asked.return_token_ids), logprobs)
@@ -247,7 +247,7 @@ class Service:
         if found is None:
             names = self._models.names()
             hint = did_you_mean(name or "", names) or f" Use model={' or '.join(map(repr, names[:2]))}."
-            listed = " /v1/models lists all." if len(names) > 2 else ""
+            listed = " /v1/models lists all models." if len(names) > 2 else ""
             raise Refusal(404, f"there is no model {name!r:.200}.{hint}{listed}", "model_not_found", "model")
         return found
 
@@ -256,7 +256,7 @@ def _chunk(form: AnswerForm, reader: Reader, choice: Completed, piece: Piece) ->
     return form.chunk(choice, piece, reader.delta(piece, choice.token_ids))
 
 
-def _event(told: Json | None) -> bytes:
-    if told is None:
+def _event(data: Json | None) -> bytes:
+    if data is None:
         return b""
-    return b"data: " + json.dumps(told, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"

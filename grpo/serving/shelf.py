@@ -1,4 +1,4 @@
-"""The adapters of one model: which of them it computes with, by name."""
+"""Switches between the adapters of one model, by name."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from grpo.errors import UserError
 from grpo.model.adapters import Adapters
 
 MOST_KEPT = 8
-"""Adapters that stay in memory; the one unused for longest goes first."""
+"""Number of adapters that stay in memory; the least recently used is dropped first."""
 
 
 class Models(Protocol):
-    """What can be asked for, by name."""
+    """The models that clients can request, by name."""
 
     def names(self) -> list[str]:
-        """All names that `/v1/models` lists; the first is what answers where no name is given."""
+        """All names that `/v1/models` lists. The first is the default, for requests without a name."""
         ...
 
     def find(self, name: str) -> str | None:
-        """The name of what `name` means, which may be an alias; None where there is no such model."""
+        """The canonical name for `name`, which may be an alias; None if there is no such model."""
         ...
 
     def folder(self, name: str) -> Path | None:
-        """The adapter's folder of what `find` gave; None for no adapter. Raises UserError if it is damaged."""
+        """The adapter folder for a name that `find` returned; None: no adapter. Raises UserError if it is damaged."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyModels:
-    """See `Models`. The policy of a run in training, by that name, and by its recipe's `name` for the model."""
+    """See `Models`. The policy of a training run, under the name `policy` and under the recipe's `model.name`."""
 
     name: str
 
@@ -45,13 +45,13 @@ class PolicyModels:
         return "policy" if name in self.names() else None
 
     def folder(self, name: str) -> Path | None:
-        raise UserError(f"{name} is the model in training: no other adapter can be put in its place")
+        raise UserError(f"{name} is the model in training: it cannot be served with another adapter")
 
 
 class Shelf:
-    """Switches a model's adapters. Nothing may decode meanwhile: keys and values belong to the adapter they came from.
+    """Switches a model's adapters. No rows may decode at that time: keys and values are valid only for one adapter.
 
-    The model's own state at the start, when B is zero, is the one without an adapter.
+    The model's state at the start, with B zero, serves as the model without an adapter.
     """
 
     def __init__(self, adapters: Adapters, models: Models, most: int = MOST_KEPT) -> None:
@@ -61,12 +61,12 @@ class Shelf:
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
-        """Compute with this adapter inside the block. Raises UserError for one that cannot be loaded."""
+        """Use this adapter inside the block. Raises UserError if it cannot be loaded."""
         with self._adapters.use(self._state(name)):
             yield
 
     def _state(self, name: str) -> str:
-        """The name of the state that has this adapter's arrays, which are loaded if they are not there."""
+        """The name of the adapter state for this name. Loads the adapter if it is not in memory."""
         if name in self._kept:
             self._kept.move_to_end(name)
             return _state_of(name)
@@ -81,5 +81,5 @@ class Shelf:
 
 
 def _state_of(name: str) -> str:
-    """Never the name of a state of training."""
+    """The name of the adapter state. It never equals the name of a state that training uses."""
     return f"served {name}"

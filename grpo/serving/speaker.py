@@ -1,4 +1,4 @@
-"""Prompts into tokens, and tokens into what a model said, by its chat template."""
+"""Converts prompts to tokens, and sampled tokens to text and messages, with the model's chat template."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from grpo.model.mlxlm import TokenizerWrapper
 
 MOST_CHATS = 32
-"""Sets of tools whose chats are kept: to find out how calls are written takes some renderings of the template."""
+"""Number of tool sets whose chats are cached: finding out how calls are written takes several template renderings."""
 SAID = ("content", "name", "tool_calls", "tool_call_id", "reasoning_content")
-"""What templates are told of a message, besides its role. Clients send back more than that."""
+"""The fields of a message, in addition to its role, that templates get. Clients send back more fields."""
 
 
 _OWN = {
@@ -36,13 +36,13 @@ _OWN = {
     *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
     *("return_assistant_tokens_mask", "sanitize_control_tokens"),
 }
-"""Arguments of `apply_chat_template` that decide what it returns, and of what."""
+"""Arguments of `apply_chat_template` that determine its input and what it returns. Requests cannot set them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Voice:
-    """How a model's turns are written and read: its chat with the tools, its marks of thinking, whether calls are
-    looked for, and its template. `settings` stands for the tools and the arguments of the template."""
+    """How a model's turns are written and read: its chat with the tools, its marks of thinking, whether to look for
+    tool calls, and its template. `settings` identifies the tools and the arguments of the template."""
 
     chat: Chat
     thinking: Thinking | None
@@ -53,8 +53,8 @@ class Voice:
 
 @dataclass(frozen=True, slots=True)
 class Spoken:
-    """A prompt: its tokens and its messages; of a chat in a session the voice's settings, what tells the messages apart
-    (`Answered`), and the answer whose tokens it begins with, if it goes on from one."""
+    """A prompt: its tokens and its messages. For a chat in a session, also the voice's settings and a hash of each
+    message (see `Answered`), and the answer whose tokens the prompt begins with, if it continues one."""
 
     ids: tuple[int, ...]
     messages: tuple[Message, ...] = ()
@@ -64,7 +64,7 @@ class Spoken:
 
 
 class Speaker:
-    """Not for several threads at once."""
+    """Encodes prompts, and decodes tokens. Not thread-safe."""
 
     def __init__(
         self,
@@ -73,23 +73,23 @@ class Speaker:
         longest: int | None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """`longest` is the most tokens of prompt and completion together, None for no limit. `template_kwargs` go to
-        the chat template unless a request has its own."""
+        """`longest` limits the tokens of prompt and completion together; None: no limit. `template_kwargs` are the
+        default arguments of the chat template; a request can override them."""
         self.tokenizer, self.longest = tokenizer, longest
         self.refuses_long = True
-        """Whether prompts that leave no room for an answer are refused here, and not by whoever is to answer."""
+        """Whether to refuse prompts that leave no room for an answer. If not, the `Answerer` must check."""
         self._vocabulary, self._kwargs = vocabulary, dict(template_kwargs or {})
         self._stop_ids = frozenset(tokenizer.eos_token_ids)
         self._voices: OrderedDict[str, Voice] = OrderedDict()
 
     def voice(self, tools: Sequence[Schema], kwargs: Mapping[str, Any] | None) -> Voice:
-        """How a conversation with these tools is written and read. Raises Refusal where it cannot be."""
+        """The voice for conversations with these tools. Raises Refusal if the template cannot render them."""
         if not self.tokenizer.has_chat_template:
             raise wrong("messages", "the model has no chat template; use /v1/completions", "no_chat_template")
-        if taken := sorted(_OWN & set(kwargs or ())):
-            raise wrong(f"chat_template_kwargs.{taken[0]}", "this is not for the template to know: leave it out")
+        if reserved := sorted(_OWN & set(kwargs or ())):
+            raise wrong(f"chat_template_kwargs.{reserved[0]}", "the server sets this argument itself: leave it out")
         settings = {**self._kwargs, **(kwargs or {})}
-        key = json.dumps([tools, settings])  # in their order, which templates show
+        key = json.dumps([tools, settings])  # unsorted, because templates show the tools in their order
         if key not in self._voices:
             try:
                 self._voices[key] = self._new_voice(tools, settings, key)
@@ -109,9 +109,9 @@ class Speaker:
     def prompt_of(
         self, voice: Voice, messages: Sequence[Mapping[str, Any]], session: SessionMemory | None = None
     ) -> Spoken:
-        """Messages as the model reads them, with the tools and the beginning of the answer. Where they go on from an
-        answer of the session, its tokens stay as they were sampled. Raises Refusal."""
-        given = [_message(number, one) for number, one in enumerate(messages)]
+        """Render messages, with the tools and the beginning of the answer, as a prompt. If they continue an answer of
+        the session, that answer's tokens stay as they were sampled. Raises Refusal."""
+        given = [_message(number, message) for number, message in enumerate(messages)]
         try:
             if session is None:
                 return Spoken(self.checked(voice.chat.prompt_ids(given), "messages"), tuple(given))
@@ -121,66 +121,70 @@ class Speaker:
 
     def _in_session(self, voice: Voice, given: list[Message], session: SessionMemory) -> Spoken:
         marks = marks_of(given)
-        said = session.before(voice.settings, given, marks)
-        ids = None if said is None else self._after(voice, said, given, session)
+        past = session.before(voice.settings, given, marks)
+        ids = None if past is None else self._after(voice, past, given, session)
         found = self.checked(voice.chat.prompt_ids(given) if ids is None else ids, "messages")
-        if said is not None:  # the same objects again, as sessions can be long
-            given = [*said.messages, said.answer, *given[len(said.messages) + 1 :]]
-            marks = (*said.marks, *marks[len(said.marks) :])
-        return Spoken(found, tuple(given), voice.settings, marks, None if ids is None else said)
+        if past is not None:  # reuse the same objects, because sessions can be long
+            given = [*past.messages, past.answer, *given[len(past.messages) + 1 :]]
+            marks = (*past.marks, *marks[len(past.marks) :])
+        return Spoken(found, tuple(given), voice.settings, marks, None if ids is None else past)
 
     def _after(
-        self, voice: Voice, said: Answered, given: list[Message], session: SessionMemory
+        self, voice: Voice, past: Answered, given: list[Message], session: SessionMemory
     ) -> tuple[int, ...] | None:
         keep = session.rules is not None and session.rules.keep_thinking
         try:
-            return prompt_after(voice.chat, voice.template, voice.thinking, said, given, keep)
-        except UserError:  # rendered whole they may be taken, or else that says why not
+            return prompt_after(voice.chat, voice.template, voice.thinking, past, given, keep)
+        except UserError:  # rendering all messages may work, or its error explains why not
             return None
 
     def prompt_as_it_is(
         self, given: str | Sequence[int], param: str = "prompt", session: SessionMemory | None = None
     ) -> Spoken:
-        """The prompt that is a text, encoded as the trainer encodes prompts without a template, or tokens. A session
-        remembers it as a user's message; where it goes on from an answer, what it adds is one. Raises Refusal."""
+        """A prompt of token ids, or of text, which is encoded as the trainer encodes prompts without a template. A
+        session remembers it as a user message; if it continues an answer, its new part is the message. Raises
+        Refusal."""
         ids = self.checked(self.tokenizer.encode(given) if isinstance(given, str) else given, param)
         if session is None:
             return Spoken(ids)
-        if (said := session.before_tokens(ids)) is not None:
-            added = self.text(ids[len(said.prompt_ids) + len(said.token_ids) :], special=True)
-            return Spoken(ids, (*said.messages, said.answer, {"role": "user", "content": added}), follows=said)
+        if (past := session.before_tokens(ids)) is not None:
+            added = self.text(ids[len(past.prompt_ids) + len(past.token_ids) :], special=True)
+            return Spoken(ids, (*past.messages, past.answer, {"role": "user", "content": added}), follows=past)
         text = given if isinstance(given, str) else self.text(ids, special=True)
         return Spoken(ids, ({"role": "user", "content": text},))
 
     def checked(self, ids: Sequence[int], param: str) -> tuple[int, ...]:
-        """The token ids. Raises Refusal for none, for too many, and for one that the model does not know."""
+        """The token ids. Raises Refusal if there are none, if there are too many, or if the model lacks one of them."""
         if not ids:
-            raise wrong(param, "it comes to no tokens, and a prompt needs at least one", "empty_prompt")
+            raise wrong(param, "the prompt has no tokens, and needs at least one", "empty_prompt")
         if (highest := max(ids)) >= self._vocabulary:
-            raise wrong(param, f"token {highest} is none of the model's {self._vocabulary}", "unknown_token")
+            raise wrong(
+                param, f"token {highest} does not exist: the model has {self._vocabulary} tokens", "unknown_token"
+            )
         if self.refuses_long and self.longest is not None and len(ids) >= self.longest:
             raise wrong(
                 param,
-                f"{len(ids)} tokens leave no room for an answer: prompt and answer have {self.longest} at most",
+                f"{len(ids)} tokens leave no room for an answer: prompt and answer together have at most "
+                f"{self.longest} tokens",
                 "context_length_exceeded",
             )
         return tuple(ids)
 
     def stopping(self, sampling: Sampling) -> Stopping:
-        """The rules by which completions end, as the generator has them."""
+        """The rules that end completions, the same as in the generator."""
         return Stopping(sampling, self._stop_ids, self.text)
 
     def text(self, ids: Sequence[int], special: bool = False) -> str:
-        """The text of tokens, with or without the special ones."""
+        """The text of tokens, with or without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=not special))
 
 
 def _message(number: int, given: Mapping[str, Any]) -> Message:
-    """A message as templates take it: arguments of calls are objects, where OpenAI's are JSON in a text."""
+    """A message as templates expect it: the arguments of calls are objects, not JSON strings as in OpenAI's form."""
     where = f"messages.{number}"
     role = given.get("role")
     if role not in ROLES:
-        raise wrong(f"{where}.role", f"{str(role)[:40]!r} is none of {', '.join(ROLES)}")
+        raise wrong(f"{where}.role", f"{str(role)[:40]!r} is not one of {', '.join(ROLES)}")
     message: Message = {"role": role, **{key: given[key] for key in SAID if given.get(key) is not None}}
     if not isinstance(message.get("content", ""), str | list):
         raise wrong(f"{where}.content", "expected text, or a list of parts of type text")

@@ -1,4 +1,4 @@
-"""The requests, as JSON has them. A field that this server does not know is refused: it would do nothing."""
+"""The JSON of requests. The server refuses a field that it does not know, because the field would do nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grpo.serving.refusals import Refusal, wrong
 
 MOST_CHOICES, MOST_PROMPTS, MOST_TOOLS, MOST_STOPS, LONGEST_STOP = 128, 64, 128, 16, 256
 SLIP = 0.75
-"""How similar an unknown field is to the known field that it is a slip of: OpenAI has others that look alike."""
+"""How similar an unknown field must be to a known field to count as a typo: OpenAI has other fields that look alike."""
 
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -27,7 +27,7 @@ class Wire(BaseModel):
 
 
 class SamplingFields(Wire):
-    """How to sample. What is not asked for is as the server's default has it."""
+    """How to sample. The server's defaults apply to fields that a request leaves out."""
 
     temperature: Annotated[float | None, Field(ge=0, le=100)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
@@ -45,12 +45,12 @@ class SamplingFields(Wire):
     @classmethod
     def _not_almost_greedy(cls, value: float | None) -> float | None:
         if value is not None and 0 < value < 0.01:
-            raise ValueError("a temperature is 0, which is greedy, or at least 0.01")
+            raise ValueError("must be 0 (greedy) or at least 0.01")
         return value
 
     @property
     def length(self) -> int | None:
-        """The most tokens that are asked for."""
+        """The requested limit on tokens, or None."""
         return self.max_tokens
 
 
@@ -60,7 +60,7 @@ class StreamOptions(Wire):
 
 
 class OpenAIFields(SamplingFields):
-    """What the two OpenAI requests share. The last fields are for OpenAI's own service, and change no answer."""
+    """The fields that both OpenAI requests share. From `user` on, they are for OpenAI's own service, and do nothing."""
 
     model: str | None = None
     stream: bool | None = None
@@ -78,7 +78,7 @@ class OpenAIFields(SamplingFields):
 
 
 class ToolFunction(BaseModel):
-    """What is needed of a tool; the rest, and the order of it all, is between the client and the chat template."""
+    """The fields of a tool that are checked. All others go to the chat template unchanged, in the client's order."""
 
     model_config = ConfigDict(strict=True)
 
@@ -88,7 +88,7 @@ class ToolFunction(BaseModel):
 
 
 def _checked(given: dict[str, Any]) -> dict[str, Any]:
-    """The function as it came, with the parameters that templates look for."""
+    """The function as the client sent it, with empty parameters if it has none, because templates expect them."""
     try:
         ToolFunction.model_validate(given)
     except ValidationError as error:
@@ -126,7 +126,7 @@ class ChatRequest(OpenAIFields):
 
 
 class CompletionRequest(OpenAIFields):
-    """`POST /v1/completions`. A prompt is text or token ids; there may be several."""
+    """`POST /v1/completions`. A prompt is text or token ids; a request may have several prompts."""
 
     prompt: (
         str
@@ -148,8 +148,8 @@ class CompletionRequest(OpenAIFields):
 
 
 class SamplingParams(SamplingFields):
-    """`sampling_params`. The last three change no answer: they say how text is made, and this request answers tokens
-    alone, and what an engine tells of its experts."""
+    """`sampling_params`. The last three fields do nothing: the first two are about text, but the response has only
+    tokens; the last is about reporting an engine's experts."""
 
     logprobs: Annotated[int | None, Field(ge=0, le=1)] = None
     skip_special_tokens: bool | None = None
@@ -158,8 +158,8 @@ class SamplingParams(SamplingFields):
 
 
 class GenerateRequest(Wire):
-    """`POST /inference/v1/generate`: tokens in, tokens out. `cache_salt` is for engines that keep prompts, and changes
-    no answer."""
+    """`POST /inference/v1/generate`: tokens in, tokens out. `cache_salt` is for engines with a prompt cache, and does
+    nothing here."""
 
     token_ids: Annotated[tuple[TokenId, ...], Field(min_length=1)]
     sampling_params: SamplingParams = SamplingParams()
@@ -169,7 +169,7 @@ class GenerateRequest(Wire):
 
 
 def read(kind: type[Asked], body: bytes) -> Asked:
-    """A request from its JSON. Raises Refusal, which names the field and says what is wrong with it."""
+    """Parse a request from JSON. Raises a Refusal that names the wrong field and says what is wrong with it."""
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
@@ -177,51 +177,48 @@ def read(kind: type[Asked], body: bytes) -> Asked:
 
 
 MEANT: dict[str, str] = {
-    "tool_choice": "the model decides: auto, or none",
-    "top_logprobs": "only the logprob of what was sampled is computed: 0, or leave it out",
-    "presence_penalty": "there is none here: 0, or leave it out; repetition_penalty is similar",
-    "frequency_penalty": "there is none here: 0, or leave it out; repetition_penalty is similar",
-    "logit_bias": "there is none here: leave it out",
-    "response_format": "answers are not forced into JSON or a schema: leave it out, and ask for JSON in a message",
-    "parallel_tool_calls": "the model decides: leave it out",
-    "echo": "the prompt is not answered again, and its logprobs are not computed: leave it out",
-    "best_of": "all completions are answered: ask for n",
-    "strict": "arguments are not forced into the schema: leave it out",
+    "tool_choice": "the model decides whether to call a tool: use auto or none",
+    "top_logprobs": "the server computes only the logprob of the sampled token: use 0, or leave it out",
+    "presence_penalty": "not supported: use 0, or leave it out; repetition_penalty is similar",
+    "frequency_penalty": "not supported: use 0, or leave it out; repetition_penalty is similar",
+    "logit_bias": "not supported: leave it out",
+    "response_format": "the server cannot force answers into JSON or a schema: leave it out, and prompt for JSON",
+    "parallel_tool_calls": "the model decides how many tools to call: leave it out",
+    "echo": "the server does not return the prompt or its logprobs: leave it out",
+    "best_of": "the server returns all completions: leave it out, and use n",
+    "strict": "the server cannot force arguments into the schema: leave it out",
 }
-"""What to do about a value that is not had here, by the field."""
+"""What to do about an unsupported value, by field."""
 
 
 def _refusal(kind: type[Wire], error: ValidationError) -> Refusal:
     found = error.errors(include_url=False, include_input=False)
-    first = next(
-        (one for one in found if one["type"] == "extra_forbidden"), found[0]
-    )  # a slip explains what is missing
+    # An unknown field first: it may be a typo, and explain which field is missing.
+    first = next((detail for detail in found if detail["type"] == "extra_forbidden"), found[0])
     place = [str(part) for part in first["loc"] if not _names_a_type(part)]
     where = ".".join(place) or None
     if first["type"] == "json_invalid":
         return wrong(None, f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
-    if len(place) > 1 and place[0] in MEANT:  # whatever is in it
+    if len(place) > 1 and place[0] in MEANT:  # unsupported whatever its content
         return wrong(where, MEANT[place[0]], "unsupported_value")
     if first["type"] == "extra_forbidden":
         hint = did_you_mean(place[-1], kind.model_fields, SLIP) if len(place) == 1 else ""
-        return wrong(
-            where, f"this server has no such field, so it would do nothing: leave it out.{hint}", "unknown_field"
-        )
+        return wrong(where, f"this server does not support this field: leave it out.{hint}", "unknown_field")
     if place and place[-1] in MEANT:
         return wrong(where, MEANT[place[-1]], "unsupported_value")
-    said = _in_words(first).removeprefix("Value error, ")
-    return wrong(where, f"{said[:1].lower()}{said[1:]}", "invalid_value")
+    why = _in_words(first).removeprefix("Value error, ")
+    return wrong(where, f"{why[:1].lower()}{why[1:]}", "invalid_value")
 
 
 def _in_words(error: ErrorDetails) -> str:
-    """What is wrong, as clients know it: they send arrays."""
+    """What is wrong, in a client's terms: pydantic speaks of tuples, but clients send arrays."""
     if error["type"] not in ("too_short", "too_long"):
         return str(error["msg"])
     about = error["ctx"]
     bound, many = ("least", about["min_length"]) if error["type"] == "too_short" else ("most", about["max_length"])
-    return f"expected at {bound} {many} item{'s' * (many != 1)}, and there are {about['actual_length'] or 'none'}"
+    return f"expected at {bound} {many} item{'s' * (many != 1)}, got {about['actual_length'] or 'none'}"
 
 
 def _names_a_type(part: int | str) -> bool:
-    """Whether a part of a place is pydantic's name for one of several types, and no field's."""
+    """Whether a part of a location is pydantic's name for one type of a union, not the name of a field."""
     return isinstance(part, str) and (not part.replace("_", "").isalnum() or part in ("str", "tuple", "int"))

@@ -1,4 +1,4 @@
-"""How a request is sampled: what it asks for, what the server or the session decides, and what there is room for."""
+"""The sampling of a request: from its fields, the server's defaults, the session's rules, and the length limit."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from grpo.serving.sessions import SessionRules
 from grpo.serving.wire import SamplingFields
 
 DECIDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-"""What an open session decides, beside the seed."""
+"""The settings that an open session determines, in addition to the seed."""
 
 
 def sampling_of(
     asked: SamplingFields, defaults: Sampling, prompt: int, longest: int | None, rules: SessionRules | None = None
 ) -> Sampling:
-    """How to sample after `prompt` tokens: what was asked for, and otherwise the `defaults`, which in a session with
-    rules are the session's.
+    """The sampling for a request after `prompt` tokens. The `defaults` apply to fields that the request leaves out; in
+    a session with `rules`, the session's sampling replaces them.
 
-    At temperature 0 nothing reshapes the answer but what was asked for. `longest` is the most tokens of prompt and
-    completion together, None for no limit. Raises Refusal.
+    If a request sets temperature 0, the defaults for filters and penalties do not apply. `longest` limits the tokens of
+    prompt and completion together; None: no limit. Raises Refusal.
     """
     given = _given(asked)
     if rules is not None:
@@ -37,14 +37,14 @@ def _in_session(
     asked: SamplingFields, given: dict[str, Any], prompt: int, longest: int | None, rules: SessionRules
 ) -> Sampling:
     if asked.seed is not None:
-        raise wrong("seed", "the run's own seed decides what is drawn in a rollout: leave it out", "session_decides")
+        raise wrong("seed", "the draws of a rollout come from the run's own seed: leave it out", "session_decides")
     for name in DECIDED:
         decided = getattr(rules.recipe, name)
         if given.pop(name, decided) != decided:
             raise wrong(
                 name,
-                f"the run decides how its rollouts are sampled, and its recipe has rollout.{name}: {decided:g}. Leave "
-                "it out of the request, or change the recipe",
+                f"the run decides how its rollouts are sampled, and its recipe has rollout.{name}: {decided:g}. Remove "
+                "it from the request, or change the recipe",
                 "session_decides",
             )
     most = rules.sampling.max_tokens
@@ -53,7 +53,7 @@ def _in_session(
 
 
 def _given(asked: SamplingFields) -> dict[str, Any]:
-    """What a request asks for, by the names that `Sampling` has; without its length."""
+    """The fields that a request sets, under the names of `Sampling`, without its length."""
     names = (*DECIDED, "min_tokens")
     given: dict[str, Any] = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
     if given.get("top_k") == -1:
@@ -70,7 +70,7 @@ def _max_tokens(asked: int | None, default: int, prompt: int, longest: int | Non
     if asked is not None and room is not None and asked > room:
         raise wrong(
             "max_tokens",
-            f"{asked} after a prompt of {prompt} tokens is more than the {longest} that both have together",
+            f"{asked} tokens after a prompt of {prompt} tokens do not fit: the limit for both together is {longest}",
             "context_length_exceeded",
         )
     return asked or (default if room is None else min(default, room))

@@ -1,1 +1,2 @@
-"""Who is told what a run measures: the terminal, files, W&B. A logger is one method, `log(record)`."""
+"""Loggers for the records of a run: terminal, files, W&B, TensorBoard, Trackio. A logger has one method,
+`log(record)`."""

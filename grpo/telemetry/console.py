@@ -1,4 +1,4 @@
-"""The terminal: a live view of the run, or plain lines where there is no terminal."""
+"""The terminal: a live view of the run, or plain lines if the output is not a terminal."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from grpo.telemetry.sent import best_of
 from grpo.types import EvalMetrics, StepMetrics
 
 WIDTH, SAMPLE = 60, 200
-"""Of the reward's curve, in steps; and of a sample completion, in characters."""
+"""Maximum width of a spark line, in steps, and of a sample completion, in characters."""
 WIDE = 100
-"""Columns of a terminal that has room for bars."""
+"""Minimum number of terminal columns for progress bars."""
 PHASE, LEFT, BAR = len("evaluation") + 1, len("99:59:59") + 1, 20 + len(" left") + 1
-"""Columns of a phase's name, of the time left, and of what a wide terminal has besides, gaps included."""
+"""Columns for a phase's name, for the time left, and for the bar of a wide terminal, gaps included."""
 LATELY = 20
-"""Steps by whose time the time left is reckoned."""
+"""Number of recent steps whose mean time gives the time left."""
 SILENCE = 30.0
-"""Seconds without a line in a log file, after which the phase that is going on gets one."""
+"""Seconds without a line in a log file until the current phase gets a line."""
 
 
 class ConsoleLogger:
     """Shows each step, with reward, KL, length, speed and time left. Use it in a `with` block.
 
-    A terminal shows the phase that the step is in, the curves of reward and length, and the best completion of the last
-    step besides; what does not fit into a narrow one is left out, the least important first. A log file gets a line
-    for each step, and on a phase that takes long.
+    A terminal also shows the current phase of the step, spark lines of reward and length, and the best completion of
+    the last step. A narrow terminal drops the least important parts first. A log file gets one line per step, and a
+    line about a phase that takes long.
     """
 
     def __init__(self, console: Console, steps: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock` tells seconds."""
+        """`clock` returns the time in seconds."""
         self._console, self._steps, self._clock = console, steps, clock
         self._printed = clock()
         self._ended, self._took = clock(), deque[float](maxlen=LATELY)
@@ -71,7 +71,7 @@ class ConsoleLogger:
         self._progress.stop()
 
     def progress(self, phase: str, done: int, total: int, rows: RowCounts | None = None) -> None:
-        """Show how far a phase of the step is: in a bar of its own, or by a line if nothing was printed for long."""
+        """Show the progress of a phase: as a bar, or as a line in a log file without a line for `SILENCE` seconds."""
         now = self._clock()
         if self._phase is None or not self._phase.goes_on(phase, done):
             self._phase = Phase(phase, done, now)
@@ -104,14 +104,14 @@ class ConsoleLogger:
         print_parts(self._console, parts)
 
     def _fitting(self, parts: Sequence[str]) -> str:
-        """As many of the parts as fit into a line beside what else stands there; one at least."""
+        """The leading parts that fit next to the other columns of the line, at least one part."""
         width, count = self._console.width, 2 * len(str(self._steps)) + 2
         room = width - PHASE - count - LEFT - (BAR if width >= WIDE else 0)
         fit = [n for n in range(1, len(parts) + 1) if len("  ".join(parts[:n])) <= room]
         return "  ".join(parts[: max(fit, default=1)])
 
     def _sparks(self) -> list[Text]:
-        """The curves of the last steps, with the values at their lowest and highest."""
+        """Spark lines of the last steps, each with its lowest and highest value."""
         width, lines = self._console.width - 24, []
         for name, curve in self._curves.items():
             values = list(curve)[-max(width, 8) :]
@@ -122,16 +122,18 @@ class ConsoleLogger:
         return lines
 
     def _seconds_left(self, record: StepMetrics) -> float:
-        """By the time that the last steps took, with evaluations and whatever else was between them. Of steps that
-        ended before they were shown, as to those who follow a run, their own time is all that is known."""
-        now, own = self._clock(), record.values["step_time"]
-        self._took.append(max(own, now - self._ended) if self._took else own)
+        """The estimated time left, from the mean time between recent steps, evaluations and checkpoints included.
+
+        `grpo runs --follow` may show several steps at once; then only the time within each step is known.
+        """
+        now, step_time = self._clock(), record.values["step_time"]
+        self._took.append(max(step_time, now - self._ended) if self._took else step_time)
         self._ended = now
         return sum(self._took) / len(self._took) * (self._steps - record.step)
 
 
 class _TimeLeft(ProgressColumn):
-    """The time until the moment `ends` of a task, by the clock; without one, as long as its speed so far says."""
+    """The time until the moment `ends` of a task; without `ends`, an estimate from the speed so far."""
 
     def __init__(self, clock: Callable[[], float], after: str) -> None:
         super().__init__()
@@ -144,7 +146,7 @@ class _TimeLeft(ProgressColumn):
 
 
 def _duration(seconds: float) -> str:
-    """`1:05`, `2:00:07`: minutes and seconds, with the hours from one on."""
+    """A duration as `1:05`, or as `2:00:07` from one hour on."""
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
@@ -160,13 +162,13 @@ class _View(Progress):
 
 
 def print_parts(console: Console, parts: Sequence[str]) -> None:
-    """Print parts on one line; on a terminal that is too narrow, on several that begin between two parts."""
+    """Print parts on one line; on a narrow terminal, on several lines broken between parts."""
     for line in _lines(parts, console.width) if console.is_terminal else ["  ".join(parts)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_wrapped(console: Console, line: str) -> None:
-    """Print a line of prose, on a terminal in lines that end between two words."""
+    """Print a line of prose; on a terminal, wrapped between words."""
     width, indent = console.width if console.is_terminal else sys.maxsize, "  "
     for part in textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False):
         console.print(part, highlight=False, markup=False, soft_wrap=True)
@@ -184,7 +186,7 @@ def _lines(parts: Sequence[str], width: int) -> Iterator[str]:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """Values as a row of bars, the lowest and the highest as far apart as bars go."""
+    """Values as a row of bars, scaled so that the lowest value has the lowest bar and the highest the full bar."""
     bars = "▁▂▃▄▅▆▇█"
     low, high = min(values, default=0.0), max(values, default=0.0)
     span = high - low or 1.0
@@ -192,8 +194,7 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def _sample(record: StepMetrics, most: int) -> list[Text]:
-    """The prompt and the text of the completion with the highest reward, each cut to a few lines of `most` characters
-    together."""
+    """The prompt and the text of the completion with the highest reward, each truncated to `most` characters."""
     if (best := best_of(record)) is None:
         return []
     task, rollout = best
@@ -203,7 +204,7 @@ def _sample(record: StepMetrics, most: int) -> list[Text]:
 
 
 def _parts(record: StepMetrics) -> list[str]:
-    """A step's numbers, the most important first."""
+    """A step's numbers, most important first."""
     values = record.values
     parts = [f"reward {values['reward']:.3f}"] if "reward" in values else []
     if not parts and "teacher/kl" not in values:
@@ -217,18 +218,18 @@ def _parts(record: StepMetrics) -> list[str]:
 
 
 def _drafts(values: Mapping[str, float]) -> str:
-    """How much faster drafts made the rollout, and how many of them a row took at a wide step, where there was one."""
+    """The speedup from drafts, and the accepted drafts per row and decoding step with drafts. Empty without drafts."""
     if values.get("speculation/width", 1.0) <= 1:
         return ""
-    gain = f" {values['speculation/gain']:.2f} ×," if "speculation/gain" in values else ""
-    return f" (drafts:{gain} +{values['speculation/accepted']:.1f} a wide step)"
+    gain = f"{values['speculation/gain']:.2f} × as fast, " if "speculation/gain" in values else ""
+    return f" (drafts: {gain}{values['speculation/accepted']:.1f} accepted per decoding step)"
 
 
 def before_and_after(before: EvalMetrics, after: EvalMetrics, started: str = "before") -> Group:
-    """Both evaluations side by side, with 95 % intervals; `started` says what was measured first."""
+    """A table of both evaluations, with 95 % intervals; `started` is the heading of the first."""
     table = Table()
     for heading in ("", started, f"after step {after.step}" if after.step else "with the adapter"):
-        table.add_column(heading, overflow="fold")  # a metric's whole name
+        table.add_column(heading, overflow="fold")  # never truncate a metric's name
     for name in after.values:
         if name in before.values:
             table.add_row(name, _with_interval(before, name), _with_interval(after, name))
@@ -236,7 +237,7 @@ def before_and_after(before: EvalMetrics, after: EvalMetrics, started: str = "be
 
 
 def single(metrics: EvalMetrics) -> Group:
-    """One evaluation, with 95 % intervals."""
+    """A table of one evaluation, with 95 % intervals."""
     table = Table(show_header=False)
     table.add_column(overflow="fold")
     for name in metrics.values:
@@ -249,10 +250,10 @@ def _heading(metrics: EvalMetrics) -> str:
 
 
 def _failures(*measured: EvalMetrics) -> list[str]:
-    """A line that says how many gradings failed, if any did."""
+    """A line with the number of failed gradings; nothing if none failed."""
     counts = [f"{metrics.failed_gradings:,}" for metrics in measured]
     any_failed = any(metrics.failed_gradings for metrics in measured)
-    return [f"gradings that failed, which count as not right: {' and '.join(counts)}"] if any_failed else []
+    return [f"failed gradings, which count as wrong answers: {' and '.join(counts)}"] if any_failed else []
 
 
 def _failed(metrics: EvalMetrics) -> str:
@@ -267,5 +268,5 @@ def _with_interval(metrics: EvalMetrics, name: str) -> str:
 
 
 def is_fraction(name: str) -> bool:
-    """Whether an evaluation's value is a fraction, rather than a mean of what a reward says."""
+    """Whether an evaluation's value is a fraction of right answers, rather than a mean score."""
     return name == "greedy" or name.startswith(("avg@", "pass@", "maj@"))

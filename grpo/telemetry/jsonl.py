@@ -1,4 +1,4 @@
-"""`metrics.jsonl` and `eval.jsonl`: one JSON object a line, on the disk as it is written."""
+"""`metrics.jsonl` and `eval.jsonl`: one JSON object per line, synced to disk after each write."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ warn = logging.getLogger(__name__).warning
 class JsonlLogger:
     """Appends each record to its file in the run's folder.
 
-    Lines that cannot be written (the disk is full, the folder gone) are kept and written with the next that can.
-    A value that is not finite is left out: JSON has no word for it.
+    Lines that cannot be written (full disk, missing folder) are kept and written with the next successful write.
+    Values that are not finite are left out, because JSON cannot represent them.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -57,14 +57,18 @@ class JsonlLogger:
         try:
             _append(self._folder / name, "".join(lines).encode())
         except OSError as error:
-            if len(lines) == 1:  # said once, until it works again
-                warn("%s cannot be written: %s. Its lines are kept until it can", self._folder / name, error.strerror)
+            if len(lines) == 1:  # warn once until a write succeeds again
+                warn(
+                    "%s cannot be written: %s. grpo keeps its lines in memory and tries again",
+                    self._folder / name,
+                    error.strerror,
+                )
         else:
             lines.clear()
 
 
 def _append(path: Path, data: bytes) -> None:
-    """Append all of `data` or nothing, and see it to the disk."""
+    """Append all of `data` or nothing, and sync the file."""
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         size = os.fstat(file).st_size
@@ -80,7 +84,7 @@ def _append(path: Path, data: bytes) -> None:
 
 
 def read_steps(folder: Path) -> list[StepMetrics]:
-    """What a run's `metrics.jsonl` says, without a last line that is still being written. No file: nothing.
+    """The records of a run's `metrics.jsonl`, without an incomplete last line; empty if there is no file.
 
     Raises UserError for a line that is not a step's record.
     """
@@ -88,7 +92,7 @@ def read_steps(folder: Path) -> list[StepMetrics]:
 
 
 def read_evaluations(folder: Path) -> list[EvalMetrics]:
-    """What a run's `eval.jsonl` says. Raises UserError for a line that is not an evaluation's record."""
+    """The records of a run's `eval.jsonl`. Raises UserError for a line that is not an evaluation's record."""
     return _records(folder / EVALUATIONS, _evaluation)
 
 
@@ -98,7 +102,7 @@ def _step(line: dict[str, Any]) -> StepMetrics:
 
 
 def _alarms(line: dict[str, Any]) -> tuple[Alarm, ...]:
-    """The alarms of a line, which are taken out of it."""
+    """The alarms of a line, removed from it."""
     return tuple(Alarm(**alarm) for alarm in line.pop(ALARMS, ()))
 
 
@@ -110,7 +114,7 @@ def _evaluation(line: dict[str, Any]) -> EvalMetrics:
         for name in line
         if name.endswith(INTERVAL)
     }
-    failed = _whole(line.get("failed_gradings", 0))  # there is none in older records
+    failed = _whole(line.get("failed_gradings", 0))  # older records do not have it
     values = {name: _number(line[name]) for name in line if name in intervals}
     return EvalMetrics(step, n, grader, values, intervals, failed, alarms)
 

@@ -1,4 +1,4 @@
-"""`grpo watch`: the report's page about runs, live, for a browser on this machine."""
+"""`grpo watch`: serves the report's page about runs, live, to a browser on this machine."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from grpo.telemetry.recorded import read_run
 from grpo.telemetry.report import page
 
 HOST = "127.0.0.1"
-"""The loopback: nobody else's machine can connect."""
+"""The loopback address: other machines cannot connect."""
 DATA = "data.json"
 RENEW, SHARED = 20.0, 5.0
-"""Seconds between two readings of the completions, which take longer than all the rest; and for so many seconds after
-one, all answers have them: a page fetches every two seconds, and there may be several pages."""
+"""`RENEW`: seconds between two reads of the completions, which take longer than the other data. `SHARED`: for this many
+seconds after a read, every response contains the completions, because several pages may fetch, each every two
+seconds."""
 
 
 class LiveRuns:
-    """What runs' folders hold at the moment, as the page and its data."""
+    """The current content of runs' folders, as the page and as its data."""
 
     def __init__(self, folders: Sequence[Path], clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock` tells seconds. Raises UserError for a folder that is no run's."""
+        """`clock` returns the time in seconds. Raises UserError for a folder that is not a run."""
         for folder in folders:
             check_is_run(folder)
         self._folders, self._clock = folders, clock
@@ -38,13 +39,13 @@ class LiveRuns:
         self._read = float("-inf")
 
     def page(self) -> str:
-        """The page as it is now, which fetches newer data by itself."""
+        """The page with the current data. It fetches newer data by itself."""
         return page(page_data([read_run(folder) for folder in self._folders]), DATA)
 
     def data(self) -> str:
-        """The data as it is now, as JSON; with the completions now and then. Raises UserError for records that cannot
-        be read."""
-        with self._lock:  # several pages would read the same files
+        """The current data as JSON; some responses contain the completions (see `RENEW`). Raises UserError for records
+        that cannot be read."""
+        with self._lock:  # several pages would read the same files at the same time
             moment = self._clock()
             renew = moment - self._read >= RENEW
             data = page_data([read_run(folder) for folder in self._folders], completions=renew)
@@ -60,10 +61,12 @@ class LiveRuns:
 
 
 def server_of(runs: LiveRuns, port: int = 0) -> ThreadingHTTPServer:
-    """A server of the page at a port of the loopback, 0: any that is free. It answers nothing but GET and HEAD of the
-    page and its data, and nobody who reached it by another name: a page from elsewhere cannot read it.
+    """A server of the page on a loopback port (0: any free port).
 
-    Raises UserError where the port is taken.
+    It answers only GET and HEAD requests for the page and its data, and refuses requests with another Host header, so
+    that a web page from another site cannot read the data (DNS rebinding).
+
+    Raises UserError if the port is taken.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -71,17 +74,17 @@ def server_of(runs: LiveRuns, port: int = 0) -> ThreadingHTTPServer:
 
         def do_GET(self) -> None:
             makers = {"/": (runs.page, "text/html"), f"/{DATA}": (runs.data, "application/json")}
-            own = self.connection.getsockname()[1]
-            if self.headers.get("Host") not in (f"{HOST}:{own}", f"localhost:{own}"):
-                way = f"open http://localhost:{own}/; from another machine, through ssh -L {own}:{HOST}:{own} HOST"
-                self._answer(403, "text/plain", f"{way}\n")
+            port = self.connection.getsockname()[1]
+            if self.headers.get("Host") not in (f"{HOST}:{port}", f"localhost:{port}"):
+                advice = f"open http://localhost:{port}/; from another machine, use ssh -L {port}:{HOST}:{port} HOST"
+                self._answer(403, "text/plain", f"{advice}\n")
             elif (found := makers.get(self.path.partition("?")[0])) is None:
-                self._answer(404, "text/plain", "there is the page, /, and its data, /data.json\n")
+                self._answer(404, "text/plain", "not found: this server has the page, /, and its data, /data.json\n")
             else:
                 make, kind = found
                 try:
                     text = make()
-                except (UserError, OSError) as error:  # a run that begins anew takes files away
+                except (UserError, OSError) as error:  # a run that starts over removes files
                     self._answer(503, "text/plain", f"{error}\n")
                 else:
                     self._answer(200, kind, text)
@@ -100,26 +103,28 @@ def server_of(runs: LiveRuns, port: int = 0) -> ThreadingHTTPServer:
                 self.wfile.write(body)
 
         def log_message(self, *_: Any) -> None:
-            """Say nothing of requests."""
+            """Do not log requests."""
 
     class Server(ThreadingHTTPServer):
         daemon_threads = True
 
         def handle_error(self, *_: Any) -> None:
-            """A browser that has left is nobody's error; others show in the answer that is missing."""
+            """Ignore errors: most are browsers that closed the connection, and others show as a missing response."""
 
     try:
         return Server((HOST, port), Handler)
     except OSError as error:
         raise UserError(
-            f"cannot listen at {HOST}:{port}: {error.strerror}; --port names another, --port 0 any that is free"
+            f"cannot listen at {HOST}:{port}: {error.strerror}. Choose another port: --port N, or --port 0 for any "
+            "free port"
         ) from None
 
 
 def watch(folders: Sequence[Path], port: int, tell: Callable[[str], None]) -> None:
-    """Serve the page until Ctrl-C; `tell` is told where. Raises UserError for what is no run."""
+    """Serve the page until Ctrl-C; `tell` gets a line with the address. Raises UserError for a folder that is not a
+    run."""
     with server_of(LiveRuns(folders), port) as server:
-        tell(f"http://{HOST}:{server.server_port}/  (Ctrl-C ends it; the runs go on)")
+        tell(f"http://{HOST}:{server.server_port}/  (Ctrl-C stops the server; the runs continue)")
         try:
             server.serve_forever()
         except KeyboardInterrupt:

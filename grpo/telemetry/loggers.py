@@ -1,4 +1,4 @@
-"""All the loggers that a recipe asks for, behind one function."""
+"""Opens the loggers of a recipe behind one function."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ warn = logging.getLogger(__name__).warning
 
 
 class Closing(Protocol):
-    """A logger that has something to finish."""
+    """A logger that must be closed at the end."""
 
     def log(self, record: StepMetrics | EvalMetrics) -> None: ...
 
@@ -41,27 +41,28 @@ class Closing(Protocol):
 
 
 class Watched(Protocol):
-    """Something that tells how far it is."""
+    """An object that reports its progress."""
 
     progress: Progress | None
 
 
 def find_loggers(cfg: LogConfig) -> list[Function]:
-    """The recipe's own loggers, and a look at whether the others can be had. Opens and writes nothing.
+    """The functions in `log.use`; also checks that the packages of the other loggers can be imported. Opens nothing.
 
-    Raises UserError for a logger that is not there, that takes no record, or whose package cannot be imported.
+    Raises UserError for a function that is missing or does not take one record, and for a package that cannot be
+    imported.
     """
-    for asked, package, key in (
+    for is_on, package, key in (
         (cfg.wandb is not None, "wandb", "log.wandb"),
         (cfg.tensorboard, "tensorboardX", "log.tensorboard"),
     ):
-        if asked:
+        if is_on:
             try:
                 importlib.import_module(package)
-            except Exception as error:  # whatever a package that is broken raises
+            except Exception as error:  # a broken package may raise anything
                 raise UserError(
-                    f"{key}: the package {package} cannot be imported ({one_line(error)}): "
-                    f"reinstall it, or leave out {key}"
+                    f"{key}: the package {package} cannot be imported ({one_line(error)}): reinstall it, or remove "
+                    f"{key}"
                 ) from error
     if cfg.trackio is not None:
         with extra("trackio", "log.trackio"):
@@ -71,8 +72,8 @@ def find_loggers(cfg: LogConfig) -> list[Function]:
         try:
             inspect.signature(function).bind(None)
         except TypeError as error:
-            raise UserError(f"logger {use!r}: {error}; it is called with one StepMetrics or EvalMetrics") from None
-        except ValueError:  # a builtin does not say what it takes
+            raise UserError(f"logger {use!r}: {error}; grpo calls it with one StepMetrics or EvalMetrics") from None
+        except ValueError:  # a builtin has no signature
             continue
     return found
 
@@ -87,14 +88,14 @@ def open_loggers(
     own: Sequence[Function] | None = None,
     resumed: RunState | None = None,
 ) -> Log:
-    """A function that tells them all; `stack` closes them. The files come first, so that nothing is lost.
+    """A function that passes a record to all loggers; `stack` closes them. Files come first, so that no record is lost.
 
-    The terminal, a log file and `grpo runs --follow` show how far the `watched` are. `own` are the recipe's loggers,
-    where they were found already. `resumed` is the state that a run in this folder goes on from: services take back
-    what they have of later steps, if they can.
+    The terminal and `grpo runs --follow` show the progress of `watched`. `own` has the functions of `log.use` if
+    `find_loggers` was called before. `resumed` is the state from which a run in this folder resumes: services remove
+    later steps, if they can.
 
-    What fails of the others is said once and left out: a service that is away must not end a run. Raises UserError for
-    a logger of the recipe's own that is not there.
+    A logger that fails is disabled with one warning: an unavailable service must not end a run. Raises UserError for a
+    function of `log.use` that is missing.
     """
     own = find_loggers(cfg.log) if own is None else own
     terminal = stack.enter_context(ConsoleLogger(console, cfg.optim.steps))
@@ -105,8 +106,8 @@ def open_loggers(
         shown.log((phase, done, total, rows))
         now.progress(phase, done, total, rows)
 
-    for teller in watched:
-        teller.progress = progress
+    for watched_object in watched:
+        watched_object.progress = progress
     tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     logs = [JsonlLogger(folder).log, _Guarded("the terminal", terminal.log).log]
     makers: dict[str, Callable[[], Closing]] = {}
@@ -134,7 +135,7 @@ def open_loggers(
 
 
 class _Guarded:
-    """A logger whose failures are said once, after which it is left out."""
+    """A logger that is disabled with one warning when it fails."""
 
     def __init__(self, name: str, log: Callable[[Any], Any] | None = None) -> None:
         self._name, self._log = name, log
@@ -157,7 +158,12 @@ class _Guarded:
     def _try(self, action: Callable[[], Any]) -> Any:
         try:
             return action()
-        except (Exception, SystemExit) as error:  # a logger watches: it cannot end the run
+        except (Exception, SystemExit) as error:  # a logger must not end the run
             self._log = self._close = None
-            warn("%s is left out from here on: %s: %s", self._name, type(error).__name__, one_line(error))
+            warn(
+                "%s failed and is disabled for the rest of the run: %s: %s",
+                self._name,
+                type(error).__name__,
+                one_line(error),
+            )
             return None

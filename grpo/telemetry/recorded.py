@@ -1,4 +1,4 @@
-"""The runs of a folder: what became of each, and one of them followed from another terminal."""
+"""Reads recorded runs: the table of the runs in a folder, and a view that follows one run from another terminal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ warn = logging.getLogger(__name__).warning
 
 @dataclass(frozen=True, slots=True)
 class RecordedRun:
-    """A run as its folder tells of it."""
+    """A run as recorded in its folder."""
 
     folder: Path
     recipe: Recipe
@@ -38,20 +38,20 @@ class RecordedRun:
 
     @property
     def step(self) -> int:
-        """The last step on record."""
+        """The last recorded step."""
         return self.steps[-1].step if self.steps else 0
 
     @property
     def alarms(self) -> list[Alarm]:
-        """What went wrong, in the order in which it was seen."""
+        """The alarms of the run, by step."""
         records: list[StepMetrics | EvalMetrics] = [*self.steps, *self.evaluations]
         return sorted((alarm for record in records for alarm in record.alarms), key=lambda alarm: alarm.step)
 
     @property
     def state(self) -> str:
-        """running, finished, untrained (finished, and no step had a signal), worse (finished, the last evaluation far
-        below the first, or the rewards where there is none), stopped (by a signal), failed (by an error), or died
-        (without a word)."""
+        """running, finished, untrained (finished, but no step had a signal), worse (finished, but the last evaluation
+        is far below the first; without evaluations, the same for rewards), stopped (by a signal), failed (by an
+        error), or died (the process ended without recording why)."""
         if is_running(self.folder):
             return "running"
         try:
@@ -64,44 +64,53 @@ class RecordedRun:
 
     @property
     def best(self) -> EvalMetrics | None:
-        """The best evaluation by the recipe's metric, of equals the earliest: at step 0 no adapter was as good."""
+        """The best evaluation by the recipe's metric, the earliest of equal ones. Step 0 is before training."""
         if self.recipe.eval is None:
             return None
-        name = self.recipe.best_metric  # evaluations of before the recipe was changed may lack it
+        name = self.recipe.best_metric  # evaluations from before a change of the recipe may lack it
         measured = [evaluation for evaluation in self.evaluations if name in evaluation.values]
         return max(measured, key=lambda evaluation: evaluation.values[name], default=None)
 
 
 def read_run(folder: Path) -> RecordedRun:
-    """A run's folder as it is now. Raises UserError for what is none."""
+    """A run, read from its folder. Raises UserError for a folder that is not a run."""
     check_is_run(folder)
     return RecordedRun(folder, load_recipe(folder / RECIPE), read_steps(folder), read_evaluations(folder))
 
 
 def find_runs(folder: Path) -> list[RecordedRun]:
-    """The runs in a folder and below, those that were written to last first. One that cannot be read is said.
+    """The runs in a folder and its subfolders, most recently written first. Warns about runs that cannot be read.
 
-    Raises UserError where there is no such folder.
+    Raises UserError if the folder does not exist.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder; name the one with your runs")
+        raise UserError(f"{folder}: there is no such folder; name the folder with your runs")
     found = {path.parent for path in folder.rglob(RECIPE) if not _is_hidden(path, folder) and is_run(path.parent)}
     runs = []
     for path in sorted(found, key=_written, reverse=True):
         try:
             runs.append(read_run(path))
         except UserError as error:
-            warn("%s is left out: %s", path, error)
+            warn("skipped %s: %s", path, error)
     return runs
 
 
+def ask_for_a_run(command: str, folder: Path = Path("runs")) -> UserError:
+    """The error for `grpo COMMAND` without a run: it names the newest run in `folder`, if there is any."""
+    found = find_runs(folder) if folder.is_dir() else []
+    if not found:
+        return UserError(f"name a run: grpo {command} RUN. There are no runs in {folder}/")
+    listed = "" if len(found) == 1 else f"; grpo runs lists all {len(found)}"
+    return UserError(f"name a run: grpo {command} {found[0].folder} (the newest in {folder}/{listed})")
+
+
 def _is_hidden(path: Path, folder: Path) -> bool:
-    """Whether in a folder that is nobody's to see, such as that of a run which another is about to replace."""
+    """Whether a path is in a hidden folder, for example in the folder of a run that is being replaced."""
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def runs_table(runs: list[RecordedRun]) -> Table:
-    """A line for each run: how far it is, its reward, its best evaluation, and whether it goes on."""
+    """A table with one row per run: state, step, last reward, best evaluation, and time of the last write."""
     table = Table(box=None, pad_edge=False)
     table.add_column("run", overflow="fold")
     for heading in ("state", "step", "reward", "best", "written"):
@@ -120,23 +129,23 @@ def runs_table(runs: list[RecordedRun]) -> Table:
 
 
 def follow(folder: Path, console: Console, wait: Callable[[], None] = lambda: time.sleep(1)) -> None:
-    """Show a run as its own terminal does, until it ends. Raises UserError for what is no run."""
+    """Show a run as the run's own terminal does, until it ends. Raises UserError for a folder that is not a run."""
     first, shown = read_run(folder), 0
-    told: list[EvalMetrics] = []
+    seen: list[EvalMetrics] = []
     with ConsoleLogger(console, first.recipe.optim.steps) as logger:
         while True:
-            going_on = is_running(folder)  # asked before reading, so that its last lines are read
+            runs_now = is_running(folder)  # checked before reading, so that the last lines of an ended run are read
             run = read_run(folder)
-            new: list[StepMetrics | EvalMetrics] = [one for one in run.evaluations if one not in told]
-            told = run.evaluations
-            for record in (*new, *(one for one in run.steps if one.step > shown)):
+            new: list[StepMetrics | EvalMetrics] = [record for record in run.evaluations if record not in seen]
+            seen = run.evaluations
+            for record in (*new, *(step for step in run.steps if step.step > shown)):
                 logger.log(record)
                 for alarm in record.alarms:
                     print_wrapped(console, f"alarm    {alarm}")
             shown = run.step
             if (now := read_now(folder)) is not None:
                 logger.progress(*now)
-            if not going_on:
+            if not runs_now:
                 break
             wait()
     console.print(f"{run.state} after step {run.step}", highlight=False)
@@ -145,7 +154,7 @@ def follow(folder: Path, console: Console, wait: Callable[[], None] = lambda: ti
 def _written(folder: Path) -> float:
     times = []
     for path in (folder / METRICS, folder / RECIPE):
-        with suppress(OSError):  # not there, or not any more
+        with suppress(OSError):  # the file does not exist, or no longer exists
             times.append(path.stat().st_mtime)
     return max(times, default=0.0)
 

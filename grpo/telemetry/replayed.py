@@ -1,4 +1,4 @@
-"""A step that was made again, for people to read."""
+"""Prints a replayed step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ SHOWN = (
 
 
 def print_replay(console: Console, replay: Replay, groups: int, tokens: int) -> None:
-    """The step's numbers, then prompts with their completions: reward, advantage, text, and tokens that moved most."""
+    """Print the step's metrics, then `groups` prompts with their completions: reward, advantage, text, and the `tokens`
+    tokens whose probability changed most."""
     metrics = replay.metrics
     for note in replay.notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
@@ -34,9 +35,9 @@ def print_replay(console: Console, replay: Replay, groups: int, tokens: int) -> 
     for number, group in enumerate(metrics.groups):
         if number < groups:
             ago = f"{group.lag} step{'s' * (group.lag > 1)}"
-            older = f" (replayed, sampled {ago} before)" if group.replayed else ""
+            older = f" (replayed, sampled {ago} earlier)" if group.replayed else ""
             console.print(f"\n[bold]{escape(last_text(group.task.prompt))}[/bold]{older}", highlight=False)
-            table = Table("reward", "advantage", "completion", f"ratios of the {tokens} tokens that moved most")
+            table = Table("reward", "advantage", "completion", f"ratios of the {tokens} tokens that changed most")
             for i, rollout in enumerate(group.rollouts, start=place):
                 reward = "none" if rollout.reward is None else f"{rollout.reward:.3f}"
                 moved = _moved(replay.tokens[i], replay.ratios[i], tokens)
@@ -45,10 +46,11 @@ def print_replay(console: Console, replay: Replay, groups: int, tokens: int) -> 
             console.print(table)
         place += len(group.rollouts)
     if len(metrics.groups) > groups:
-        console.print(f"{len(metrics.groups) - groups} more prompts: --groups {len(metrics.groups)}", highlight=False)
+        more = len(metrics.groups) - groups
+        console.print(f"{more} more prompts: show them with --groups {len(metrics.groups)}", highlight=False)
 
 
 def _moved(texts: list[str], ratios: list[float], count: int) -> str:
-    """The tokens whose probability the update changed most, in their order, each with its ratio."""
+    """The `count` tokens whose ratio is farthest from 1, in text order, each with its ratio."""
     most = sorted(range(len(ratios)), key=lambda i: -abs(ratios[i] - 1))[:count]
     return "  ".join(f"{escape(repr(texts[i])[1:-1])} {ratios[i]:.3f}" for i in sorted(most))

@@ -1,4 +1,4 @@
-"""`grpo report`: runs as one HTML file that needs nothing beside it, several laid over each other."""
+"""`grpo report`: one or several runs as a self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from grpo.telemetry.recorded import RecordedRun
 
 ASSETS = Path(__file__).with_name("page")
 PLOTTING = "uplot-1.6.32"
-"""The folder of the plotting library: uPlot of this version, as npm has it."""
+"""The folder of the plotting library: this version of uPlot, unmodified from npm."""
 
 
 def report(runs: Sequence[RecordedRun]) -> str:
-    """The page about runs, from what their folders hold."""
+    """The page about runs, as HTML."""
     return page(page_data(runs))
 
 
 def page(data: dict[str, Any], live: str | None = None, seconds: float = 2.0) -> str:
-    """The page that shows `data` (of `page_data`), as HTML that needs nothing beside it.
+    """The page that shows `data` (from `page_data`), as self-contained HTML.
 
-    With `live`, the address of the same data as JSON relative to the page, such as `data.json`, the page fetches it at
-    once and then every so many seconds until no run is running, and shows what changed.
+    `live` is the address of the same data as JSON, relative to the page, such as `data.json`. With it, the page fetches
+    the data immediately and then every `seconds` seconds until no run is running, and shows the changes.
     """
     parts = {
         "title": escape(str(data.get("title", "GRPO"))),

@@ -1,4 +1,4 @@
-"""What a run says before its first step and after its last."""
+"""Prints the plan before a run's first step, and the outcome after its last step."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def print_plan(
     notes: Sequence[str],
     converses: bool = True,
 ) -> None:
-    """Machine, model, data, and what the run will do and need. `converses`: whether there are environments or tools."""
-    own = "the environment's own" if converses else "none"
-    weighted = ", ".join(f"{reward.use} × {reward.weight:g}" for reward in rewards) or own
+    """Print the machine, model, data, rewards and plan. `converses`: whether there are environments or tools."""
+    default = "the environment's own" if converses else "none"
+    weighted = ", ".join(f"{reward.use} × {reward.weight:g}" for reward in rewards) or default
     lines = [device, f"{model.name} on {data.label}, rewards: {weighted}", *plan.lines(), *notes]
     for line in lines:
         print_wrapped(console, line)
 
 
 def failure_lines(kinds: Mapping[FailureKind, Mapping[str, float]], own: Mapping[str, OwnTerms]) -> list[str]:
-    """For each reward that failed, on how many completions, and how; of environments and agents, whose `own` rewards
-    are among them, in how many conversations.
+    """One line per reward with failures: the number of failed completions, by kind of failure. For environments and
+    agents, which are in `own`, the number of failed conversations.
 
-    `kinds` are counts by name for each kind of failure.
+    `kinds` maps each kind of failure to counts by name.
     """
     lines = []
     for name in kinds["error"]:
@@ -63,9 +63,12 @@ def failure_lines(kinds: Mapping[FailureKind, Mapping[str, float]], own: Mapping
 def print_outcome(
     console: Console, outcome: Outcome, folder: Path, example: str | None, failures: list[str], go_on: str
 ) -> None:
-    """The table of accuracies, what failed, that the model got worse if it did, where the adapter is, and how to try it
-    (unless nothing was trained): `example` is a prompt as a shell takes it, or an option that names a row of the data;
-    None where nothing can be tried. `go_on` is how to go on with a run that was stopped."""
+    """Print the table of accuracies, the failures, a warning if the model got worse, the adapter's path, and a command
+    to try the adapter (unless nothing was trained).
+
+    `example` is a shell-quoted prompt, or an option that names a row of the data; None if there is nothing to try.
+    `go_on` is the command that resumes a stopped run.
+    """
     state = outcome.state
     if state.before and state.after and state.after.step > state.before.step:
         console.print(before_and_after(state.before, state.after))
@@ -75,7 +78,7 @@ def print_outcome(
         if example is not None:
             lines.append(f"try it   grpo generate {shlex.quote(str(folder))} {example}")
         if outcome.stopped_by is not None:
-            lines.append(f"go on    {go_on}")
+            lines.append(f"resume   {go_on}")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -84,7 +87,7 @@ def _ended(outcome: Outcome) -> str:
     step = outcome.state.step
     if outcome.stopped_by is None and step and outcome.began == step:
         untrained = ", untrained" if outcome.untrained else ""
-        return f"nothing was trained: the run had finished after step {step}{untrained}"
+        return f"nothing was trained: the run had already finished after step {step}{untrained}"
     what = "stopped" if outcome.stopped_by is not None else "finished, untrained," if outcome.untrained else "finished"
     if not step:
         return f"{what} before the first step"

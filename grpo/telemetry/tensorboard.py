@@ -1,4 +1,4 @@
-"""TensorBoard's event files, by the small writer of tensorboardX."""
+"""Writes TensorBoard's event files, through tensorboardX."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class TensorboardLogger:
     """Writes scalars under `train/` and `eval/`, histograms of rewards and lengths, and each step's best completion."""
 
     def __init__(self, folder: Path, resumed: RunState | None = None, texts: bool = True) -> None:
-        """Of a `resumed` run TensorBoard no longer shows what was written after its step: those steps come again.
+        """For a `resumed` run, TensorBoard drops the steps after the checkpoint, because the run repeats them.
 
-        `texts`: whether completions are written.
+        `texts`: whether to write completions.
         """
         self._texts = texts
         from tensorboardX import SummaryWriter
@@ -25,7 +25,7 @@ class TensorboardLogger:
         folder, suffix, purge = folder / "tensorboard", "", None
         if resumed is not None:
             suffix = f".after-{resumed.step}"
-            purge = resumed.step + 1 if resumed.step else 0  # before the first step there is an evaluation to come, too
+            purge = resumed.step + 1 if resumed.step else 0  # at step 0 the run repeats the first evaluation, too
         self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10, filename_suffix=suffix)
 
     def log(self, record: StepMetrics | EvalMetrics) -> None:
@@ -43,7 +43,7 @@ class TensorboardLogger:
             if self._texts and (best := best_of(record)) is not None:
                 task, rollout = best
                 text = f"{asked(task, rollout.trajectory)}\n\n{transcript(rollout)}"
-                self._writer.add_text("completions/best", textwrap.indent(text, "    "), record.step)  # as it is
+                self._writer.add_text("completions/best", textwrap.indent(text, "    "), record.step)  # not as Markdown
 
     def close(self) -> None:
         self._writer.close()

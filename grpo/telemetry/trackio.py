@@ -1,4 +1,4 @@
-"""Trackio: the same numbers as W&B's, in a local database that its own dashboard shows."""
+"""Trackio: the same metrics as W&B, in a local database that Trackio's dashboard shows."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class TrackioLogger:
     def __init__(
         self, cfg: TrackioConfig, recipe: Recipe, folder: Path, tell: Tell = print, resumed: bool = False
     ) -> None:
-        """A `resumed` run goes on under its name; what Trackio has of later steps stays, beside those that come again.
+        """Start the Trackio run, or continue it if `resumed`: old records of repeated steps stay next to the new ones.
 
-        `tell` is called with what there is to say to the person at the end. Raises UserError without the package.
+        `tell` prints a line for the user at the end. Raises UserError if the package is not installed.
         """
         with extra("trackio", "log.trackio"):
             import trackio
@@ -43,7 +43,7 @@ class TrackioLogger:
     def log(self, record: StepMetrics | EvalMetrics) -> None:
         self._run.log(dict(named_numbers(record)), step=record.step)
         for alarm in record.alarms:
-            with _silent():  # the terminal has the alarm
+            with _silent():  # the terminal already shows the alarm
                 self._run.alert(
                     title=f"{alarm.kind} at step {alarm.step}",
                     text=str(alarm),
@@ -52,7 +52,7 @@ class TrackioLogger:
                 )
 
     def close(self) -> None:
-        """Write what is left; say how to look at a run on this machine."""
+        """Write the remaining records; print how to show a local run."""
         with _silent():
             self._trackio.finish()
         if self._cfg.space_id is None:
@@ -60,5 +60,5 @@ class TrackioLogger:
 
 
 def _silent() -> redirect_stdout[io.StringIO]:
-    """A block whose prints are not shown: Trackio says on the terminal what it does."""
+    """A context that discards prints: Trackio prints its progress."""
     return redirect_stdout(io.StringIO())

@@ -1,4 +1,4 @@
-"""Weights & Biases, through its own package: TRL's names, grouped by prefix as TRL's are."""
+"""Weights & Biases, through its package. Metrics have TRL's names and prefixes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from grpo.types import EvalMetrics, StepMetrics
 warn = logging.getLogger(__name__).warning
 
 INIT_TIMEOUT, FINISH_TIMEOUT = 30.0, 300.0
-"""Seconds to wait for a service that does not answer: at the start, and for the last uploads."""
+"""Seconds to wait for the service: at the start, and for the last uploads."""
 STEP = "train/global_step"
 TABLE = "completions"
 COLUMNS = ["step", "prompt", "completion", "reward", "advantage"]
@@ -40,10 +40,11 @@ class WandbLogger:
         tell: Tell = print,
         resumed: RunState | None = None,
     ) -> None:
-        """Open the run `run_id`, the same one on resuming. Where W&B cannot be reached it is kept for `wandb sync`.
+        """Open the run `run_id`, or reopen it on resuming. Without a connection to W&B, the run is stored locally for
+        `wandb sync`.
 
-        `tell` is called with what there is to say to the person at the end. What W&B has of steps after those of a
-        `resumed` state is taken back, or not logged twice.
+        `tell` prints a line for the user at the end. If W&B has steps after the `resumed` state, they are removed, or
+        their repetitions are not logged.
         """
         import wandb
 
@@ -64,8 +65,8 @@ class WandbLogger:
             self._run: Any = _rewound(dict(common, mode=cfg.mode, settings=waits), resumed)
         except wandb.Error as error:
             first = str(error).splitlines()[0]
-            warn("W&B: %s. The run is kept in %s; `wandb sync` sends it", first, folder / "wandb")
-            wandb.teardown()  # its service still holds the run's id
+            warn("W&B: %s. The run is stored in %s; `wandb sync` uploads it", first, folder / "wandb")
+            wandb.teardown()  # wandb's service process still holds the run's id
             self._run = wandb.init(**common, resume="allow", mode="offline", settings={"silent": True})
         self._run.define_metric(STEP)
         self._run.define_metric("train/*", step_metric=STEP)
@@ -78,14 +79,14 @@ class WandbLogger:
         values: dict[str, Any] = dict(named_numbers(record))
         if isinstance(record, StepMetrics) and record.groups:
             values |= self._of_completions(record)
-        # The step is a value too: W&B's own step grows with every record, and of a step there may be two.
+        # The step is also logged as a value: W&B's own step must grow with each record, and a step may have two.
         place = _place(record.step, isinstance(record, EvalMetrics))
         self._run.log({**values, STEP: record.step}, step=place, commit=True)
         for alarm in record.alarms:
             self._run.alert(title=f"{alarm.kind} at step {alarm.step}", text=str(alarm), level="WARN")
 
     def _of_completions(self, record: StepMetrics) -> dict[str, Any]:
-        """Histograms of rewards and lengths, and some rows of the table of completions."""
+        """Histograms of rewards and lengths, and the first rows of the table of completions."""
         import wandb
 
         rollouts = [rollout for group in record.sampled for rollout in group.rollouts]
@@ -105,7 +106,7 @@ class WandbLogger:
         return made
 
     def close(self) -> None:
-        """Send the newest adapter and end; say where a run is that was not sent."""
+        """Upload the newest adapter and end the run; for an offline run, print how to upload it."""
         newest, _ = newest_whole(self._folder / CHECKPOINTS)
         if newest is not None:
             self._keep("adapter", sorted(newest.glob("adapter*")))
@@ -124,14 +125,14 @@ class WandbLogger:
 
 
 def _place(step: int, evaluation: bool) -> int:
-    """W&B's own step of a record: of those that were logged before, it takes none again."""
+    """W&B's own step of a record. W&B ignores a record whose step it already has."""
     return 2 * step + evaluation
 
 
 def _rewound(settings: dict[str, Any], resumed: RunState | None) -> Any:
-    """Open a run; one that has later steps than those of the `resumed` state is rewound, where W&B allows that.
+    """Open a run; if it has steps after the `resumed` state, rewind it if W&B allows that.
 
-    Raises `wandb.Error` where W&B cannot be reached.
+    Raises `wandb.Error` if W&B cannot be reached.
     """
     import wandb
 
@@ -144,7 +145,7 @@ def _rewound(settings: dict[str, Any], resumed: RunState | None) -> Any:
         return wandb.init(**settings, resume_from=f"{settings['id']}?_step={last}")
     except wandb.Error as error:
         warn(
-            "W&B cannot rewind this run: %s. It keeps the steps after %d that it has, and ignores what they are now",
+            "W&B cannot rewind this run: %s. It keeps its old records after step %d, and ignores their repetitions",
             one_line(error),
             resumed.step,
         )

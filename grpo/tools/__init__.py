@@ -1,1 +1,1 @@
-"""What commands do with a finished run: generate, evaluate, export, card, replay, rescore."""
+"""What commands do with a run: generate, serve, evaluate, export, card, replay, rescore."""

@@ -1,4 +1,4 @@
-"""A model card: what was trained on what, how it was measured, and with which versions."""
+"""A model card: the model, the data, the evaluation, the recipe, and the versions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from grpo.tools.snippets import BASE, snippet
 
 
 def model_card(cfg: Recipe, checkpoint: Path, form: str, notes: Sequence[str], repo: str | None = None) -> str:
-    """The text of the `README.md` beside an export, for people and for the Hub, where it goes to `repo`."""
+    """Return the text of an export's `README.md`. `repo` is its Hub repository, if it is uploaded."""
     state = read_state(checkpoint)
     rewards = ", ".join(f"`{short_name(reward.use)}` × {reward.weight:g}" for reward in cfg.rewards)
     rewards = rewards or ("the environment's own" if cfg.conversations else "none")
@@ -46,12 +46,12 @@ def model_card(cfg: Recipe, checkpoint: Path, form: str, notes: Sequence[str], r
 
 
 def _rows(cfg: Recipe) -> str:
-    """The names of the data."""
+    """Return the names of the data sources, as Markdown."""
     return " and ".join(f"`{name}`" for name in data_names(cfg))
 
 
 def _teacher(cfg: Recipe) -> list[str]:
-    """Whom it learnt from, if it had a teacher."""
+    """Return a line about the teacher, if there was one."""
     if cfg.teacher is None:
         return []
     who = "another adapter of that model" if cfg.teacher.model is None else f"`{short_name(cfg.teacher.model.name)}`"
@@ -59,7 +59,7 @@ def _teacher(cfg: Recipe) -> list[str]:
 
 
 def _conversations(cfg: Recipe) -> list[str]:
-    """Whom the model talked to, if it was trained in conversations."""
+    """Return a line about the environments and tools, if the model was trained in conversations."""
     partners = [short_what(config) for config in cfg.conversations.values() if config.what]
     named = {"environment": partners, "tool": [short_name(tool.use) for tool in cfg.tools]}
     parts = [
@@ -67,7 +67,7 @@ def _conversations(cfg: Recipe) -> list[str]:
         for kind, uses in named.items()
         if uses
     ]
-    return [f"It was trained in conversations of several turns, with {' and '.join(parts)}."] if parts else []
+    return [f"It was trained in multi-turn conversations with {' and '.join(parts)}."] if parts else []
 
 
 def _kind(cfg: Recipe, form: str) -> str:
@@ -97,26 +97,26 @@ def _on_the_hub(cfg: DataConfig) -> bool:
 
 
 def data_names(cfg: Recipe) -> list[str]:
-    """The names of the sources of a recipe's tasks, without the folders of this machine."""
+    """Return the names of the recipe's data sources, without the folders of this machine."""
     return [short_name(data.label) for data in cfg.data.parts.values()]
 
 
 def short_name(name: str) -> str:
-    """The name of a dataset, a model or code; of what is a file or a folder on this machine only the last part."""
+    """Return the name of a dataset, a model, or code. For a file or folder on this machine, only the last part."""
     file, colon, function = name.partition(":")
-    local = Path(file).is_absolute() or Path(file).exists()  # a pattern of files does not exist itself
+    local = Path(file).is_absolute() or Path(file).exists()  # a glob pattern does not exist as a file
     return Path(file).name + colon + function if local else name
 
 
 def short_what(config: EnvironmentConfig) -> str:
-    """The name of whom the model talks to; of a command each word, which may be a file on this machine."""
+    """Return the name of an environment or agent. Each word of a command is shortened, because it may be a file."""
     return shlex.join(map(short_name, config.command)) if config.command else short_name(config.what or "")
 
 
 def _use(cfg: Recipe, form: str, repo: str | None) -> list[str]:
-    """How the export is used, and where its base is, if that is nowhere on the Hub."""
+    """Return a snippet that uses the export, and where to find its base if the base is not on the Hub."""
     name, length = cfg.model.name, cfg.rollout.max_completion_length
-    data = next(iter(cfg.data.parts.values()))  # of several sources the prompts of the first
+    data = next(iter(cfg.data.parts.values()))  # with several sources, prompts like the first source's
     if form == "fused" or name not in builtin_models.NAMES:
         return [snippet(form, short_name(name), repo, cfg.model, data, length)]
     if repo is None:
@@ -124,12 +124,12 @@ def _use(cfg: Recipe, form: str, repo: str | None) -> list[str]:
         home = folder.is_relative_to(Path.home())
         base = f"~/{folder.relative_to(Path.home())}" if home else str(folder)
         return [snippet(form, base, repo, cfg.model, data, length)]
-    made = f"`{BASE}` is a model that `grpo` makes: `grpo generate {name} hi` leaves it in a folder of `~/.cache/grpo`."
+    made = f"`{BASE}` is a model that `grpo` trains: `grpo generate {name} hi` saves it in a folder of `~/.cache/grpo`."
     return [snippet(form, BASE, repo, cfg.model, data, length), made]
 
 
 def _recipe(cfg: Recipe) -> str:
-    """The recipe without where things lie on this machine."""
+    """Return the recipe as YAML, without the folders of this machine."""
     sections: list[DataConfig | EvalConfig] = [*cfg.data.parts.values(), *([cfg.eval] if cfg.eval else [])]
     data = [name for section in sections for name in origins(section.source, section.use)]
     whole = with_settings(cfg, {"output_dir": None}).model_dump(mode="json")
@@ -137,7 +137,7 @@ def _recipe(cfg: Recipe) -> str:
 
 
 def _without_places(value: Any, names: Collection[str]) -> Any:
-    """Plain data with only the last part of these names, and of every other text that is a path on this machine."""
+    """Return plain data in which these names, and all other paths on this machine, are cut to their last part."""
     if isinstance(value, dict):
         return {key: _without_places(inner, names) for key, inner in value.items()}
     if isinstance(value, list):
@@ -153,7 +153,7 @@ def _evaluation(state: Mapping[str, Any]) -> list[str]:
         return ["Not evaluated on held-out prompts."]
     heads = f"| | before | after step {after['step']} |\n|---|---|---|"
     rows = [f"| {name} | {_cell(before, name)} | {_cell(after, name)} |" for name in after["values"]]
-    by = f"On {after['n']} held-out prompts by `{after['grader']}`, with 95 % intervals over prompts:"
+    by = f"On {after['n']} held-out prompts, graded by `{after['grader']}`, with 95% intervals over prompts:"
     return ["## Evaluation", by, "\n".join([heads, *rows])]
 
 

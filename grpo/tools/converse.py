@@ -1,4 +1,4 @@
-"""A conversation of a run's model with its environment and tools, told as it goes, for `grpo generate`."""
+"""A conversation of a run's model with its environment and tools, shown live, for `grpo generate`."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from grpo.tools.generate import Answering, generator_of, loaded, object_of, row_
 from grpo.types import Message, Rollout, Task
 
 Narrator = Callable[[str], object]
-"""Told a line of the conversation at a time."""
+"""Called with each line of the conversation."""
 ALONE = (
-    " A prompt alone has the column {!r} and no other: if the conversation needs more, begin with a row of the run's "
-    "data (--row 0), or give the columns as a JSON object in the place of the prompt"
+    " A prompt alone fills only the column {!r}: if the conversation needs more columns, begin with a row of the run's "
+    "data (--row 0), or give the columns as a JSON object instead of the prompt"
 )
 
 
 def converse(
     found: Answering, prompt: str | None, row: int | None, asked: Mapping[str, Any], seed: int, tell: Narrator
 ) -> Rollout:
-    """Let the model talk with the environment and the tools of its run, and `tell` what is said and called.
+    """Let the model talk with the environment and tools of its run, and pass each line to `tell`.
 
-    The conversation begins with `prompt`, which fills the run's template (a JSON object gives the environment further
-    columns), or with a `row` of the run's data. `asked` are the fields of `Sampling` that were asked for, `seed` that
-    of all draws, the environment's included. Raises UserError for what cannot be had or does not fit, and RunError for
-    a conversation that failed, when all of it was told.
+    The conversation begins with `prompt`, which fills the run's template (a JSON object also gives the environment
+    further columns), or with a `row` of the run's data. `asked` are fields of `Sampling` that override the run's;
+    `seed` seeds all draws, including the environment's. Raises UserError for arguments that do not fit, and RunError
+    for a conversation that failed, after showing all of it.
     """
     if (prompt is None) == (row is None):
-        raise UserError("give a prompt, or --row with the number of a row of the run's data, and not both")
+        raise UserError("give either a prompt, or --row with the number of a row of the run's data")
     assert found.rollout is not None
     rows = [_row(found, row)] if prompt is None else []
     with closing(invite(found.conversations, found.tools, NOTHING, 1)) as partners:
@@ -66,12 +66,12 @@ def converse(
     told.end(task, rollout)
     if (talk := rollout.trajectory.conversation) is not None and talk.failure is not None:
         alone = prompt is not None and len(columns) == 1
-        raise RunError(f"the conversation failed, as told above.{ALONE.format(*columns) if alone else ''}")
+        raise RunError(f"the conversation failed: see above.{ALONE.format(*columns) if alone else ''}")
     return rollout
 
 
 class _Told:
-    """Tells the prompt, once, and then messages as they come."""
+    """Passes on the prompt once, and then each new message."""
 
     def __init__(self, tell: Narrator) -> None:
         self._tell, self._begun = tell, False
@@ -85,7 +85,8 @@ class _Told:
                 self._tell(line)
 
     def end(self, task: Task, rollout: Rollout) -> None:
-        """Tell how it ended, and its rewards; of agents, and of environments that sample by themselves, all of it."""
+        """Pass on the end of the conversation and its rewards. For agents, and for environments that make whole
+        trajectories, pass on the whole conversation."""
         trajectory = rollout.trajectory
         if trajectory.conversation is None:
             self._tell(f"prompt: {asked_of(task)}")
@@ -95,7 +96,7 @@ class _Told:
             self(trajectory.conversation.prompt, trajectory.conversation.messages)
         given = [reward for reward in trajectory.conversation.turn_rewards if reward is not None]
         if given:
-            self._tell(f"(rewards of turns {', '.join(f'{reward:g}' for reward in given)})")
+            self._tell(f"(turn rewards: {', '.join(f'{reward:g}' for reward in given)})")
         for line in (line for said in end_of(trajectory) for line in said.lines()):
             self._tell(line)
 
@@ -108,12 +109,12 @@ def _row(found: Answering, row: int | None) -> Mapping[str, Any]:
             raise UserError(f"--row {row}: the run's data has fewer rows")
         return dict(streamed[1])
     if row >= len(rows):
-        raise UserError(f"--row {row}: the run's data has {len(rows):,} rows, from 0 on")
+        raise UserError(f"--row {row}: the run's data has {len(rows):,} rows, numbered from 0")
     return dict(rows[row])
 
 
 def _columns(prompt: str, renderer: PromptRenderer) -> Mapping[str, Any]:
-    """The columns that were given: as JSON, or the only one that prompts are made of."""
+    """Return the given columns: from JSON, or the one column of the prompt's template."""
     wanted = renderer.columns
     given = object_of(prompt, wanted)
     if given is not None and (renderer.supplied or set(wanted) <= set(given)):
@@ -126,6 +127,6 @@ def _check(partners: Partners, task: Task) -> None:
         partners.check("the conversation", [task])
     except UserError as error:
         raise UserError(
-            f"{error}. Give the columns that it needs as a JSON object in the place of the prompt, or a row of the "
-            "run's data: --row 0"
+            f"{error}. Give the columns that it needs as a JSON object instead of the prompt, or begin with a row of "
+            "the run's data: --row 0"
         ) from error

@@ -1,4 +1,4 @@
-"""Accuracy on held-out prompts, of a run, a recipe or a model, for `grpo eval`: before and with an adapter."""
+"""Accuracy of a run, a recipe, or a model on held-out prompts, without and with an adapter, for `grpo eval`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from grpo.types import EvalMetrics, Group
 
 @dataclass(frozen=True, slots=True)
 class EvalOptions:
-    """What is to be measured where it is not the recipe's own: None is."""
+    """Options that override the recipe. None: the recipe's value."""
 
     data: str | None = None
     split: str | None = None
@@ -43,13 +43,13 @@ class EvalOptions:
     adapter: Path | None = None
     checkpoint: str | None = None
     solve_rates: Path | None = None
-    """Where the solve rate of each task is to be written."""
+    """The file to which the solve rate of each task is written."""
 
     def settings(self) -> list[str]:
-        """The same as overrides of a recipe."""
+        """Return the options as overrides of a recipe."""
         split = self.split
         if split is None and self.data is not None and is_one_split(self.data):
-            split = "train"  # all that it has
+            split = "train"  # the only split
         named = {
             "eval.source": self.data,
             "eval.split": split,
@@ -63,10 +63,12 @@ class EvalOptions:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a model measured without the adapter and with it, on the same prompts with the same draws.
+    """Evaluations of a model without and with the adapter, on the same prompts and with the same draws.
 
-    `started` says what is without: the base, or the adapter that a run went on from. `after` is None where there is no
-    adapter. `notes` are warnings for the person, a line each.
+    started  the name of the start: the base, or the adapter with which the run began
+    before   the evaluation of the start
+    after    the evaluation with the adapter; None if there is no adapter
+    notes    warnings for the user, one per line
     """
 
     started: str
@@ -76,10 +78,10 @@ class Measured:
 
 
 def measure(target: str, asked: EvalOptions, overrides: Sequence[str]) -> Measured:
-    """The evaluation of what a run started from (a recipe's or a model's base) and, if there is one, of the adapter.
+    """Evaluate the start of a run (or the base of a recipe, or a model) and the adapter, if there is one.
 
-    `target` is a run's folder (the adapter is its newest checkpoint, unless another is named), a recipe, or a model.
-    Raises UserError where there is nothing to evaluate on, and RunError where the solve rates cannot be written.
+    `target` is a run's folder (the adapter is its newest checkpoint unless `asked` names another), a recipe, or a
+    model. Raises UserError if there is no evaluation data, and RunError if the solve rates cannot be written.
     """
     _check_room(asked.solve_rates)
     folder, settings = Path(target), [*asked.settings(), *overrides]
@@ -89,14 +91,14 @@ def measure(target: str, asked: EvalOptions, overrides: Sequence[str]) -> Measur
         adapter = adapter or find_checkpoint(folder, asked.checkpoint or "newest")
         cfg = pinned_to_run(cfg, folder, adapter)
     elif asked.checkpoint is not None:
-        raise UserError(f"--checkpoint is for runs, and {target} is none")
+        raise UserError(f"--checkpoint requires a run, but {target} is not a run")
     elif folder.is_dir() or not _is_recipe(target):
         cfg = _for_model(target, asked, settings)
     else:
         cfg = _graded(find_recipe(target), asked, overrides)
     if cfg.eval is None:
-        raise UserError(f"{target}: nothing says what to evaluate on; name it, such as --data held_out.jsonl")
-    if asked.adapter is not None:  # a run's own has the shape that its recipe says
+        raise UserError(f"{target}: there is no evaluation data; name it, such as --data held_out.jsonl")
+    if asked.adapter is not None:  # a run's own adapter has the shape that the recipe describes
         shape = {**read_adapter(asked.adapter).section(), "path": None}
         cfg = with_settings(cfg, {f"adapter.{name}": value for name, value in shape.items()})
     like = read_as(cfg)
@@ -104,8 +106,7 @@ def measure(target: str, asked: EvalOptions, overrides: Sequence[str]) -> Measur
     cfg = without_choice(cfg)  # it does not train
     if asked.solve_rates is not None and data_of(cfg)["eval"].streaming:
         raise UserError(
-            "--solve-rates is of all rows, and with data.streaming nobody knows how many there are: add "
-            "data.streaming=false"
+            "--solve-rates needs all rows, but with data.streaming their number is unknown: add data.streaming=false"
         )
     prepared = prepare(cfg, trains=False)
     notes = _changed_since(folder, adapter, cfg, prepared.rows["eval"]) if is_run(folder) else ()
@@ -128,20 +129,20 @@ def measure(target: str, asked: EvalOptions, overrides: Sequence[str]) -> Measur
 
 
 def _solve_rates(groups: Sequence[Group], solved: Solved) -> dict[int, float]:
-    """The solve rate of each task that has a score, by its row."""
+    """Return the solve rate of each task that has a score, by the index of its row."""
     rates = {group.task.index: solved.rate(group.rollouts) for group in groups}
     return {index: rate for index, rate in rates.items() if rate is not None}
 
 
 def _check_room(path: Path | None) -> None:
-    """Raise UserError, before anything is measured, for a file that could not be written."""
+    """Raise UserError, before the evaluation, if the file could not be written."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise UserError(f"--solve-rates {path}: {what}; name a file, such as rates.jsonl")
 
 
 def _about(cfg: Recipe, adapter: Path | None, solved: Solved) -> dict[str, Any]:
-    """What solve rates are of, for whoever reads the file."""
+    """Return how the solve rates were measured, for readers of the file."""
     assert cfg.eval is not None
     data = data_of(cfg)["eval"]
     return {
@@ -163,13 +164,13 @@ def _write(rates: SolveRates, path: Path) -> None:
 
 
 ORIGIN = ("source", "use", "kwargs", "config", "split", "columns")
-"""The settings that say which rows there are."""
+"""The settings that determine the rows."""
 
 
 def _changed_since(run: Path, adapter: Path | None, cfg: Recipe, rows: Rows | Streamed) -> tuple[str, ...]:
-    """A warning where the run's own held-out rows are not the rows that it was trained beside.
+    """Return a warning if the run's held-out rows have changed since its training.
 
-    Nothing where other rows were asked for, and for rows on the Hub, which are pinned to their commit.
+    Empty if other rows are evaluated, and for rows on the Hub, which are pinned to a commit.
     """
     own, now = data_of(load_recipe(run / RECIPE)).get("eval"), data_of(cfg)["eval"]
     checkpoint = checkpoint_of(run, adapter)
@@ -179,8 +180,8 @@ def _changed_since(run: Path, adapter: Path | None, cfg: Recipe, rows: Rows | St
     if was is None or fingerprint(rows) == was:
         return ()
     return (
-        f"warning: {now.label} is not what it was when the run was trained: these numbers cannot be compared with the "
-        "evaluations in eval.jsonl, or with earlier ones (all that the table below shows is of the same prompts)",
+        f"warning: {now.label} has changed since the run was trained: these numbers cannot be compared with the "
+        "evaluations in eval.jsonl, or with earlier evaluations (all numbers in the table below use the same prompts)",
     )
 
 
@@ -199,10 +200,13 @@ def _is_recipe(target: str) -> bool:
 
 
 def _graded(path: Path, asked: EvalOptions, overrides: Sequence[str]) -> Recipe:
-    """The recipe with what is asked for. A reward that it has already comes first, to grade, with the settings that it
-    has; another takes the first one's place, and that of one of the same name."""
+    """Return the recipe with the options.
+
+    If `asked.reward` is one of the recipe's rewards, this reward moves to the first place, where it grades, and keeps
+    its settings. Any other reward replaces the first reward, and a reward of the same name.
+    """
     own = load_recipe(path, overrides, kind=EvaluationRecipe).rewards
-    if asked.reward is not None and not own:  # the environment's own is all that there is
+    if asked.reward is not None and not own:  # the recipe has only the environment's reward
         overrides = [*overrides, f"rewards=[{{use: {json.dumps(asked.reward)}}}]"]
         asked = replace(asked, reward=None)
     cfg = load_recipe(path, [*asked.settings(), *overrides], kind=EvaluationRecipe)
@@ -217,7 +221,7 @@ def _graded(path: Path, asked: EvalOptions, overrides: Sequence[str]) -> Recipe:
 
 
 def _is_meant(reward: RewardConfig, use: str, found: RewardConfig) -> bool:
-    """Whether `use`, which was `found` where it names a file, is this reward: by its name, or by its code."""
+    """Whether `use` means this reward, by its name or its code. `found` is the reward that `use` was resolved to."""
     where = locate_reward(reward.use).where
     return _called(reward) == use or found.use in (reward.use, where, where.removesuffix(":reward"))
 
@@ -227,9 +231,12 @@ def _called(reward: RewardConfig) -> str:
 
 
 def _for_model(name: str, asked: EvalOptions, settings: Sequence[str]) -> Recipe:
-    """A recipe that only says what to measure."""
+    """Return a recipe that only evaluates a model."""
     if asked.data is None:
-        raise UserError(f"{name} is no run and no recipe: as a model it needs --data (and mostly --prompt, --reward)")
+        raise UserError(
+            f"{name} is neither a run nor a recipe. To evaluate it as a model, add --data (and usually --prompt and "
+            "--reward)"
+        )
     fixed: dict[str, Any] = {
         "model": {"name": name},
         "data": {"source": asked.data, "split": asked.split or "train"},

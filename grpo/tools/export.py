@@ -1,4 +1,4 @@
-"""A run's adapter in the format that others read: mlx-lm's, PEFT's, or fused into the model's weights."""
+"""Exports a run's adapter in the format of mlx-lm or PEFT, or fused into the model's weights."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from grpo.tools.card import model_card
 Format = Literal["mlx", "peft", "fused"]
 
 PROBE = "What is 17 + 25? Let us work it out step by step: 17 + 25 = 42. #### 42\n"
-"""The text on which an exported model is compared with what it was made of."""
+"""The text on which a fused model is compared with the base plus adapter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """Where it is, and what there is to say about it."""
+    """An export: its folder, and notes about it."""
 
     folder: Path
     notes: list[str] = field(default_factory=list)
@@ -54,13 +54,13 @@ def export(
 ) -> Exported:
     """Write a run's adapter as `form` into the folder `to` (`<run>/export-<form>` unless named), with a model card.
 
-    `to_quantize` is what fused weights are quantised to, as `model.quantize` says it; `repo` is the Hub repository that
-    the card is written for. Raises UserError for what is no run, a folder that is there, and what cannot be had in that
-    form.
+    `to_quantize` quantizes fused weights, with a value of `model.quantize`; `repo` is the Hub repository for which the
+    card is written. Raises UserError if `run` is not a run, if the folder exists, and for an adapter that cannot be
+    exported in this form.
     """
     check_is_run(run)
     if to_quantize is not None and form != "fused":
-        raise UserError(f"--quantize is for --format fused; an adapter ({form}) goes with the base as it is")
+        raise UserError(f"--quantize requires --format fused: an adapter ({form}) does not contain the base's weights")
     checkpoint = find_checkpoint(run, which)
     cfg = pinned(load_recipe(run / RECIPE), checkpoint)
     folder = to or run / f"export-{form}"
@@ -94,36 +94,37 @@ def _write(
     if form == "peft":
         _write_peft(folder, model, adapter, checkpoint, _base_elsewhere(model, repo))
     else:
-        read_adapter(checkpoint)  # refuses what is not to be handed on
+        read_adapter(checkpoint)  # refuses adapters that must not be exported
         for name in (WEIGHTS, CONFIG):
             shutil.copyfile(checkpoint / name, folder / name)
     return _of_the_base(form, model)
 
 
 def _of_the_base(form: Format, cfg: ModelConfig) -> list[str]:
-    """What there is to say about the base that an adapter goes with."""
-    if form == "mlx" and cfg.quantize is None:  # it is there, quantised or not, as it was in training
+    """Return notes about the base that the adapter needs."""
+    if form == "mlx" and cfg.quantize is None:  # the stored base is the base that was trained, quantized or not
         return []
     if not _was_quantized(cfg):
         return []
     if form == "mlx" and cfg.quantize is not None:
-        same = f"quantise it likewise (mlx_lm.convert {quantization(cfg.quantize).arguments})"
-        return [f"the base was quantised when it was loaded: {same}, or this adapter computes something else"]
+        same = f"quantize it in the same way (mlx_lm.convert {quantization(cfg.quantize).arguments})"
+        return [f"the base was quantized when it was loaded: {same}, or the results will differ"]
     return [
-        "the base in training was quantised: on a base of other weights this adapter computes something else; "
-        "measure it there"
+        "the base was quantized in training: with a base of other weights the results differ, so evaluate the adapter "
+        "there"
     ]
 
 
 def _base_elsewhere(cfg: ModelConfig, repo: str | None) -> str | None:
-    """The base as PEFT loads it by name: on the Hub, or a folder. None for a folder that readers of `repo` have not."""
+    """Return the name by which PEFT loads the base: a name on the Hub, or a folder. None if the export is for `repo`,
+    whose readers do not have the folder."""
     if not is_local(cfg):
         return cfg.name
     return str(model_folder(cfg)) if repo is None else None
 
 
 def _write_peft(folder: Path, model: ModelConfig, adapter: AdapterConfig, checkpoint: Path, base: str | None) -> None:
-    """The adapter as PEFT saves it: A and B transposed, alpha as PEFT divides it, modules by the Hub's names."""
+    """Write the adapter as PEFT does: A and B transposed, alpha before its division, modules by the Hub's names."""
     config, weights = _read(checkpoint)
     parameters, rslora = config["lora_parameters"], adapter.use_rslora
     rank = parameters["rank"]
@@ -148,10 +149,10 @@ def _write_peft(folder: Path, model: ModelConfig, adapter: AdapterConfig, checkp
 
 
 def _hub_name(path: str, model: ModelConfig) -> str:
-    """A parameter's path in what transformers' `AutoModelForCausalLM` makes of the base.
+    """Return a parameter's path in the model that transformers' `AutoModelForCausalLM` loads from the base.
 
-    Of models that see, mlx-lm takes the language model and puts a shell around it; transformers takes all of the model
-    (Gemma 3), or the language model bare (Qwen3.5).
+    From a vision-language model, mlx-lm loads the language model inside a wrapper. transformers loads the whole model
+    (Gemma 3), or the language model without a wrapper (Qwen3.5).
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -164,29 +165,30 @@ def _hub_name(path: str, model: ModelConfig) -> str:
 
 
 def peft_name(path: str) -> str:
-    """`model.layers.0.self_attn.q_proj.lora_a` as PEFT has it."""
+    """Return PEFT's name of a parameter such as `model.layers.0.self_attn.q_proj.lora_a`."""
     module, _, part = path.rpartition(".")
     return f"base_model.model.{module}.{part[:-1]}{part[-1].upper()}.weight"
 
 
 def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
-    """A checkpoint's LoRA matrices. Raises UserError for what PEFT has no such form of."""
+    """Return a checkpoint's configuration and LoRA matrices. Raises UserError for adapters of another kind."""
     config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
     weights = read_adapter(checkpoint).arrays
     found = {"dora": "DoRA", "full": "whole weights"}.get(config["fine_tune_type"])
     if found is None and any(array.ndim != 2 for array in weights.values()):
-        found = "experts, all in one array (with adapter.targets that leave them out it could)"
+        found = "experts in one array (train with adapter.targets without experts to use this format)"
     if found is not None:
         raise UserError(
-            f"--format peft writes LoRA on linear layers, and this adapter has {found}; --format fused takes them all"
+            f"--format peft only writes LoRA on linear layers, but this adapter has {found}; --format fused supports "
+            "all adapters"
         )
     return config, weights
 
 
 def _write_fused(folder: Path, cfg: ModelConfig, checkpoint: Path, to_quantize: int | str | None) -> list[str]:
-    """The model with the adapter in its weights, as mlx-lm saves models, and what that has changed.
+    """Write the model with the adapter merged into its weights, in mlx-lm's format. Returns notes on what changed.
 
-    A quantised base is written without quantisation: to quantise the sum again would round most of an adapter away.
+    A quantized base is written without quantization: quantizing the sum again would round most of the adapter away.
     """
     setup()
     source, quantized = model_folder(cfg), _was_quantized(cfg)
@@ -201,25 +203,25 @@ def _write_fused(folder: Path, cfg: ModelConfig, checkpoint: Path, to_quantize: 
     cast(model, _stored_dtype(config))
     materialize(model.parameters())
     notes = (
-        ["the base was quantised; these weights are not, so that nothing of the adapter is lost"] if quantized else []
+        ["the base was quantized; these weights are not, so that nothing of the adapter is lost"] if quantized else []
     )
     if to_quantize is not None:
         model, config = quantize(model, config, **_fitting(model, to_quantize).config)
         materialize(model.parameters())
         type_embeddings(model, dtype_of(model))
         notes = [
-            f"quantised to {words(to_quantize)} after the adapter was added: the adapter is rounded with the weights"
+            f"quantized to {words(to_quantize)} after the adapter was merged: the adapter is rounded with the weights"
         ]
     gap: Any = (mx.exp(before) * (before - _logprobs(model, probe))).sum(axis=-1).mean().item()
     notes.append(
-        f"against the base with its adapter: KL divergence {max(gap, 0.0):.1e} nats a token, on a line of arithmetic"
+        f"KL divergence from the base plus adapter, on a line of arithmetic: {max(gap, 0.0):.1e} nats per token"
     )
     save_model(folder, source, model, tokenizer, config, donate_model=False)
     return notes
 
 
 def _whole(model: nn.Module) -> nn.Module:
-    """The model (in place) with nothing quantised, experts and the projections of latent attention included."""
+    """Dequantize all weights of the model in place, including experts and the projections of latent attention."""
     dtype = dtype_of(model)
     found = [(path, module) for path, module in model.named_modules() if "scales" in module]
     model.update_modules(tree_unflatten([(path, dequantized(module, dtype)) for path, module in found]))
@@ -234,13 +236,13 @@ def _logprobs(model: nn.Module, tokens: mx.array) -> mx.array:
 
 
 def _was_quantized(cfg: ModelConfig) -> bool:
-    """Whether the base's weights were quantised in training, by the recipe or as they are stored."""
+    """Whether the base's weights were quantized in training, by the recipe or in the stored model."""
     config = json.loads((model_folder(cfg) / "config.json").read_text(encoding="utf-8"))
     return cfg.quantize is not None or bool(config.get("quantization") or config.get("quantization_config"))
 
 
 def _stored_dtype(config: Mapping[str, Any]) -> mx.Dtype:
-    """What the model's own config says its weights are."""
+    """Return the dtype of the weights according to the model's config."""
     text = config.get("text_config") or {}
     named = next((c[key] for c in (config, text) for key in ("torch_dtype", "dtype") if c.get(key)), "bfloat16")
     dtype: mx.Dtype = getattr(mx, str(named), mx.bfloat16)
@@ -248,8 +250,11 @@ def _stored_dtype(config: Mapping[str, Any]) -> mx.Dtype:
 
 
 def _fitting(model: nn.Module, asked: int | str) -> Quantization:
-    """How to quantise: bits in the largest groups that divide every linear layer's inputs (64, or 32 for small models),
-    a format in its own. Raises UserError where the groups do not divide them."""
+    """Return how to quantize.
+
+    For a number of bits, the groups are the largest (64, or 32 for small models) that divide the inputs of every linear
+    layer; a format has its own group size. Raises UserError if the groups do not divide the inputs.
+    """
     widths = [m.weight.shape[-1] for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
     possible = [quantization(asked, size) for size in (64, 32)]
     fitting = [way for way in possible if all(width % way.group_size == 0 for width in widths)]
@@ -260,7 +265,7 @@ def _fitting(model: nn.Module, asked: int | str) -> Quantization:
 
 
 def push(folder: Path, repo: str) -> str:
-    """Upload an export to the Hub as `repo`. Returns its address. Raises UserError when the Hub refuses."""
+    """Upload an export to the Hub as `repo`. Returns its URL. Raises UserError if the Hub refuses."""
     from huggingface_hub import HfApi
 
     def upload() -> str:
@@ -269,5 +274,5 @@ def push(folder: Path, repo: str) -> str:
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Adapter trained with GRPO")
         return str(url)
 
-    later = f"`hf upload {repo} {folder}` sends it later"
-    return send(f"the export is in {folder}, and was not uploaded ({later}); --push-to-hub {repo}", upload)
+    later = f"`hf upload {repo} {folder}` uploads it later"
+    return send(f"the export is in {folder}, but was not uploaded ({later}); --push-to-hub {repo}", upload)

@@ -1,4 +1,4 @@
-"""One prompt answered by a run or a model, for `grpo generate`."""
+"""Answers a prompt with a run or a model, for `grpo generate`."""
 
 from __future__ import annotations
 
@@ -27,14 +27,17 @@ from grpo.runs.folder import is_run, newest_checkpoint
 from grpo.runs.revisions import pinned_to_run
 
 MAX_TOKENS = 512
-"""Of an answer by a model that no run has set a limit for."""
+"""Maximum number of tokens of an answer, for a model without a run whose recipe sets the limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answering:
-    """What answers: a model with an adapter (None: without), which is given prompts as `data` says.
+    """A model that answers prompts.
 
-    Of a run there are its `conversations` and `tools`, and the section `rollout` that it was trained with.
+    model, adapter        the model, and its adapter, if any
+    data                  how prompts are rendered
+    rollout               the run's section `rollout`; None for a model without a run
+    conversations, tools  the run's environments and tools
     """
 
     model: ModelConfig
@@ -46,20 +49,19 @@ class Answering:
 
     @property
     def sampling(self) -> Sampling:
-        """How it answers unless something else is asked for."""
+        """How answers are sampled by default."""
         return Sampling(0.0, MAX_TOKENS) if self.rollout is None else sampling_of(self.rollout)
 
 
 def find_answering(target: str, adapter: Path | None, base: bool, template: bool = True) -> Answering:
-    """What `target` names: a run's folder, whose newest checkpoint is used where no `adapter` is named, one of its
-    checkpoints, or a model; with `base` no adapter is used.
+    """Find what `target` names: a run's folder, a checkpoint of a run, or a model.
 
-    A run answers as it did in training: the prompt goes into its template (unless `template` is false) and through the
-    chat template with its system message. Raises UserError for a recipe, for what is none of these, and for an adapter
-    that is none.
+    A run uses its newest checkpoint unless `adapter` names another adapter; with `base`, no adapter is used. A run
+    answers as in training: the prompt fills its template (unless `template` is false), and then the chat template with
+    the run's system message. Raises UserError for a recipe, for any other target, and for an invalid adapter.
     """
     if Path(target).suffix in (".yaml", ".yml") or target in bundled_names("recipes", ".yaml"):
-        raise UserError(f"{target} is a recipe: generate takes a run's folder, or a model (the recipe's model.name)")
+        raise UserError(f"{target} is a recipe: give a run's folder, or a model (the recipe's model.name)")
     if not Path(target).exists() and looks_like_path(target):
         raise UserError(f"{target}: there is no such folder{similar(Path(target))}")
     _check_no_run_or_adapter(Path(target))
@@ -69,7 +71,7 @@ def find_answering(target: str, adapter: Path | None, base: bool, template: bool
     if is_run(folder):
         adapter = adapter or (None if base else newest_checkpoint(folder))
         cfg = pinned_to_run(load_recipe(folder / RECIPE), folder, adapter)
-        data = next(iter(cfg.data.parts.values()))  # of several sources the first
+        data = next(iter(cfg.data.parts.values()))  # the first of several sources
         found = Answering(cfg.model, data, adapter, cfg.rollout, cfg.conversations, cfg.tools)
     data = with_settings(found.data, {"continue_final_message": False})  # the prompt is text
     if not template:
@@ -80,10 +82,10 @@ def find_answering(target: str, adapter: Path | None, base: bool, template: bool
 
 
 def answer(found: Answering, prompt: str, asked: Mapping[str, Any], seed: int) -> Iterator[str]:
-    """The answer's text in pieces: a single turn, greedy unless a temperature is asked for.
+    """Yield the text of a single-turn answer in pieces. Greedy unless `asked` has a temperature.
 
-    `asked` are the fields of `Sampling` that were asked for, in the place of the run's. Raises UserError for what
-    cannot be loaded, and for a template that the prompt does not fill.
+    `asked` are fields of `Sampling` that override the run's. Raises UserError if the model cannot be loaded, or if the
+    prompt does not fill the template.
     """
     model, tokenizer = loaded(found)
     renderer = PromptRenderer(found.data, tokenizer)
@@ -96,14 +98,14 @@ def answer(found: Answering, prompt: str, asked: Mapping[str, Any], seed: int) -
 
 
 def generator_of(found: Answering, model: Any, tokenizer: Any) -> Generator:
-    """What decodes one answer at a time, with drafts as the run had them."""
+    """Return a generator that decodes one answer at a time, with the run's speculation."""
     generator = Generator(model, tokenizer, slots=1)
     generator.speculation = speculation_of((found.rollout or RolloutConfig()).speculate)
     return generator
 
 
 def loaded(found: Answering) -> tuple[Any, Any]:
-    """The model with its adapter, and its tokenizer."""
+    """Load the model with its adapter, and its tokenizer."""
     setup()
     model, tokenizer = load(found.model)
     if found.adapter is not None:
@@ -112,32 +114,32 @@ def loaded(found: Answering) -> tuple[Any, Any]:
 
 
 def _check_no_run_or_adapter(target: Path) -> None:
-    """Raise UserError for the name of a run in `runs`, without the folder, and for a saved adapter's folder."""
+    """Raise UserError for the name of a run in `runs` without this folder, and for the folder of a saved adapter."""
     if not target.exists() and is_run(Path("runs") / target):
         raise UserError(f"{target}: there is no such folder here. Did you mean {Path('runs') / target}?")
     in_a_run = is_run(target) or is_run(target.parent.parent)
     if not in_a_run and weights_file(target) is not None and not (target / "config.json").exists():
-        raise UserError(f"{target} is a saved adapter: name the model it was trained on, with --adapter {target}")
+        raise UserError(f"{target} is a saved adapter: name the model it was trained on, and add --adapter {target}")
 
 
 def row_of(prompt: str, columns: Sequence[str]) -> dict[str, Any]:
-    """The columns that prompts are made of, filled from what was given: text for one, a JSON object for several."""
+    """Return the columns of the prompt's template: one column from text, or several columns from a JSON object."""
     if len(columns) == 1:
         return {columns[0]: prompt}
     row = object_of(prompt, columns)
     if row is None or not set(columns) <= set(row):
         wanted = json.dumps(dict.fromkeys(columns, "..."))
         raise UserError(
-            f"the run's template has {len(columns)} columns: give the prompt as {wanted!r}, or give all of it with "
-            "--no-template"
+            f"the run's template has {len(columns)} columns: give the prompt as {wanted!r}, or give the whole prompt "
+            "with --no-template"
         )
     return row
 
 
 def object_of(prompt: str, columns: Sequence[str]) -> dict[str, Any] | None:
-    """The JSON object that was given as a prompt; None for other text.
+    """Parse a prompt that is a JSON object; None for other text.
 
-    Raises UserError for text that begins like one and cannot be read.
+    Raises UserError for text that begins like a JSON object but cannot be parsed.
     """
     if not prompt.lstrip().startswith("{"):
         return None
@@ -146,7 +148,7 @@ def object_of(prompt: str, columns: Sequence[str]) -> dict[str, Any] | None:
     except ValueError as error:
         as_text = json.dumps({columns[0] if columns else "prompt": "{..."})
         raise UserError(
-            f"the prompt begins with {{ as a JSON object does, and is none: {error}. Mend it; a text that begins so is "
-            f"given as {as_text!r}"
+            f"the prompt begins with {{ like a JSON object, but cannot be parsed: {error}. Fix it, or pass a text that "
+            f"begins with {{ as {as_text!r}"
         ) from None
     return row

@@ -1,4 +1,4 @@
-"""The license of a base model, as its own card says it."""
+"""The license of a base model, from its model card."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from grpo.config import ModelConfig
 from grpo.model.load import is_local
 
 KEYS = ("license", "license_name", "license_link")
-"""What a model card's front matter says of it; a license that the Hub has no short name for is `other`, with a name."""
+"""Keys of a model card's front matter. A license without a short name on the Hub is `other`, with `license_name`."""
 
 
 def license_of(cfg: ModelConfig) -> dict[str, str]:
-    """What the card of a model says of its license, by the front matter's keys; nothing where that is not known.
+    """Return the license in a model's card, by the keys of the front matter; empty if it is unknown.
 
-    The card is the one beside the model's files: in its folder, or in the Hub's cache, which has it since the model was
-    fetched. Nobody is asked.
+    The card is read from the model's folder, or from the Hub's cache, where it is since the model was downloaded. This
+    makes no network request.
     """
     card = _card(cfg)
     try:
         said = yaml.safe_load(_front_matter(card.read_text(encoding="utf-8"))) if card is not None else None
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):  # a card that cannot be read says nothing
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):  # the card cannot be read
         return {}
     found = {key: said[key] for key in KEYS if isinstance(said.get(key), str)} if isinstance(said, dict) else {}
     if not found.get("license_link", "https://").startswith("https://"):
-        del found["license_link"]  # of a file beside the base, not beside what the card is for
+        del found["license_link"]  # a relative link points to a file of the base model, which the export does not have
     return found if "license" in found else {}
 
 
@@ -42,6 +42,6 @@ def _card(cfg: ModelConfig) -> Path | None:
 
 
 def _front_matter(text: str) -> str:
-    """The YAML between the first two lines of `---`; nothing where a text does not begin with one."""
+    """Return the YAML between the first two lines of `---`; empty if the text does not begin with such a line."""
     first, *lines = text.splitlines() or [""]
     return "\n".join(lines[: lines.index("---")]) if first == "---" and "---" in lines else ""

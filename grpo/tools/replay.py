@@ -1,4 +1,4 @@
-"""A step made again, from the nearest checkpoint before it, to see what happened in it. Nothing is written."""
+"""Repeats a step from the nearest checkpoint before it, to show what happened in the step. Writes nothing."""
 
 from __future__ import annotations
 
@@ -32,11 +32,13 @@ from grpo.types import Group, StepMetrics
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """A step made again.
+    """A repeated step.
 
-    `ratios` holds for each completion of `metrics.groups`, in their order, a value for each trained token: its
-    probability under the policy after the step's update, over that before. `tokens` holds their texts. `notes` says
-    what it was made from, and whether it is what the run recorded.
+    metrics  the metrics of the step
+    ratios   a list per completion of `metrics.groups`, in their order, with a value per trained token: its probability
+             under the policy after the update, divided by its probability before
+    tokens   the texts of these tokens
+    notes    from which checkpoint the step was repeated, and whether it equals the recorded step
     """
 
     metrics: StepMetrics
@@ -46,13 +48,13 @@ class Replay:
 
 
 def replay(run: Path, step: int) -> Replay:
-    """Make step `step` of a run again. Raises UserError for what is no run, or a step that it never made."""
+    """Repeat step `step` of a run. Raises UserError if `run` is not a run, or never reached the step."""
     check_is_run(run)
     cfg = load_recipe(run / RECIPE)
     if step > cfg.optim.steps:
         raise UserError(f"--step {step}: this run has {cfg.optim.steps} steps")
-    if step > (made := _steps_made(run)) + 1:  # the one after the last may be what stopped the run
-        raise UserError(f"--step {step}: this run has made {made} of its {cfg.optim.steps} steps")
+    if step > (made := _steps_made(run)) + 1:  # the step after the last one may have stopped the run
+        raise UserError(f"--step {step}: this run has done {made} of its {cfg.optim.steps} steps")
     whole, _ = newest_whole(run / CHECKPOINTS)
     cfg = as_planned(pinned(cfg, whole), read_state(whole)["plan"]) if whole else cfg
     nearest = _nearest(run, step)
@@ -64,13 +66,13 @@ def replay(run: Path, step: int) -> Replay:
 
 
 def _nearest(run: Path, step: int) -> Path | None:
-    """The nearest checkpoint before a step; None if the step has to be made from the start."""
+    """Return the nearest checkpoint before a step; None if the run must be repeated from the start."""
     earlier = (path for path in reversed(checkpoints(run / CHECKPOINTS)) if step_of(path) < step)
     return next((path for path in earlier if damage(path) is None), None)
 
 
 def _steps_made(run: Path) -> int:
-    """The last step on record."""
+    """Return the last step in the run's metrics; 0 if there is none."""
     lines = (run / METRICS).read_bytes().splitlines(keepends=True) if (run / METRICS).exists() else []
     return max((json.loads(line)["step"] for line in lines if line.endswith(b"\n")), default=0)
 
@@ -96,18 +98,18 @@ def _made(trainer: Trainer, run: Path, step: int, nearest: Path | None) -> Repla
 
 
 def _begin(trainer: Trainer, run: Path, step: int, nearest: Path | None) -> tuple[int, list[str]]:
-    """Put the trainer where it was at the checkpoint `nearest` before a step. Returns the checkpoint's step."""
+    """Load the checkpoint `nearest` into the trainer. Returns the checkpoint's step, and notes."""
     if nearest is None:
-        return 0, [f"made again from the start, {step} steps"]
+        return 0, [f"repeated from the start: {step} steps"]
     state, written = load_checkpoint(nearest)
     trainer.load_state(state.trainer)
     now = context_now(load_recipe(run / RECIPE), written)
-    changed = [f"since then changed: {line}" for line in changes(written, now)]
-    return state.step, [f"made again from {nearest}", *changed]
+    changed = [f"changed since then: {line}" for line in changes(written, now)]
+    return state.step, [f"repeated from {nearest}", *changed]
 
 
 def _logprobs(policy: Policy, groups: Sequence[Group], packing: Packing) -> list[list[float]]:
-    """The logprob of every completion's trained tokens under the policy as it is."""
+    """Return the logprobs of every completion's trained tokens under the current policy."""
     rows = rows_of(groups)
     logprobs = by_row(rows, packing, partial(forced, policy))
     found = [rollout.trajectory.of_trained(values) for (_, rollout), values in zip(rows, logprobs, strict=True)]
@@ -115,7 +117,7 @@ def _logprobs(policy: Policy, groups: Sequence[Group], packing: Packing) -> list
 
 
 def _compared(run: Path, metrics: StepMetrics) -> list[str]:
-    """Whether the step is what the run stored of it, where it stored its completions."""
+    """Return a note on whether the completions equal those that the run stored."""
     path = run / COMPLETIONS / f"step-{metrics.step:06d}.parquet"
     if not path.exists():
         return ["the run stored no completions of this step to compare with"]
@@ -126,6 +128,6 @@ def _compared(run: Path, metrics: StepMetrics) -> list[str]:
 
 
 def _key(group: Group, named: bool) -> tuple[Any, ...]:
-    """A group's task, where it is `named`, and what was sampled for it."""
+    """Return a group's task (if tasks are `named`), and its sampled tokens and rewards, for comparison."""
     sampled = tuple((rollout.trajectory.token_ids, rollout.reward) for rollout in group.rollouts)
     return (group.task.identity if named else None, sampled)

@@ -1,4 +1,4 @@
-"""A new or changed reward applied to what a run has stored: what would have changed."""
+"""Applies a new or changed reward to a run's stored completions, to show what would have changed."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from grpo.scoring.scorer import Scorer
 from grpo.types import Group, Rollout
 
 TOTAL = "reward"
-"""The weighted sum of a run's rewards, among the names that can be compared with."""
+"""The name of the weighted sum of a run's rewards, as a score to compare with."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rescored:
-    """One completion: what it was given then, and what it is given now."""
+    """One completion with its stored score and its new score."""
 
     step: int
     text: str
@@ -41,7 +41,10 @@ class Rescored:
 
 @dataclass(frozen=True, slots=True)
 class Rescoring:
-    """Every stored completion of a run under the new reward, and how many groups prefer another completion now."""
+    """Every stored completion of a run under the new reward.
+
+    `against` is the stored score to compare with; `other_best` is the number of `groups` whose best completion changes.
+    """
 
     against: str
     completions: list[Rescored]
@@ -49,14 +52,14 @@ class Rescoring:
     other_best: int
 
     def lines(self, examples: int) -> list[str]:
-        """The sums, then the completions that change most."""
+        """Return lines with the totals, and then the `examples` completions whose score changes most."""
         both = [(c.before, c.now) for c in self.completions if c.before is not None and c.now is not None]
         changed = [c for c in self.completions if c.before != c.now]
         failed = [c for c in self.completions if c.failure is not None]
         lines = [
-            f"{len(changed)} of {len(self.completions)} completions get another score; {len(failed)} failures; "
+            f"{len(changed)} of {len(self.completions)} completions get a different score; {len(failed)} failures; "
             f"correlation {_correlation(both)}",
-            f"{self.other_best} of {self.groups} groups would have preferred another completion",
+            f"{self.other_best} of {self.groups} groups would have a different best completion",
         ]
         most = sorted(changed, key=lambda c: -abs((c.now or 0.0) - (c.before or 0.0)))[:examples]
         lines += [f"step {c.step}: {_number(c.before)} -> {_number(c.now)}  {c.text[:160]!r}" for c in most]
@@ -66,9 +69,9 @@ class Rescoring:
 def rescore(run: Path, config: RewardConfig, against: str | None) -> Rescoring:
     """Call a reward on every stored completion of `run`.
 
-    `against` is the stored reward to compare with: by default that of the same name, or else the weighted sum. A reward
-    that goes by the name of one of the run's is called for the completions that this scored. Raises UserError for a
-    folder without stored completions, and for a reward that cannot be had or called.
+    `against` is the stored score to compare with: by default the score of the same name, or else the weighted sum. A
+    reward with the name of one of the run's rewards is called only on the completions that the run's reward scored.
+    Raises UserError for a folder without stored completions, and for a reward that cannot be loaded or called.
     """
     check_is_run(run)
     paths = stored_steps(run / COMPLETIONS)
@@ -82,7 +85,7 @@ def rescore(run: Path, config: RewardConfig, against: str | None) -> Rescoring:
         groups = other_best = 0
         for path in paths:
             step, groups_of_step = read_completions(path)
-            stored = [group for group in groups_of_step if not group.replayed]  # or another step's file has it
+            stored = [group for group in groups_of_step if not group.replayed]  # replayed groups are in an earlier file
             applies = own if stored and name in stored[0].rollouts[0].scores else ALL
             stored = [stored[place] for place in applies.groups(name, stored)]
             if not stored:
@@ -100,7 +103,7 @@ def rescore(run: Path, config: RewardConfig, against: str | None) -> Rescoring:
                 groups += 1
                 other_best += _best([c.before for c in pairs]).isdisjoint(_best([c.now for c in pairs]))
     if not completions:
-        raise UserError(f"{run}: none of the completions that it stored is of a task that {name!r} scores")
+        raise UserError(f"{run}: {name!r} scores none of the tasks whose completions the run has stored")
     return Rescoring(column, completions, groups, other_best)
 
 
@@ -111,13 +114,13 @@ def _scorer(config: RewardConfig, system: str | None) -> Scorer:
         return Scorer.of([config], system=system)
     except NoEnvironmentsError as error:
         raise UserError(
-            f"reward {config.use!r} takes `environments`, and those of stored conversations are gone: it cannot score "
-            "them again"
+            f"reward {config.use!r} takes `environments`, but the environments of stored conversations no longer exist,"
+            " so it cannot score them again"
         ) from error
 
 
 def rescore_table(result: Rescoring) -> Table:
-    """Means by step, before and now."""
+    """Return a table of the mean scores per step, stored and new."""
     table = Table()
     for heading in ("step", f"{result.against}, as stored", "now", "scored", "changed"):
         table.add_column(heading, justify="right")
@@ -146,7 +149,7 @@ def _rescored(step: int, before: Rollout, now: Rollout, column: str, name: str) 
 
 
 def _best(scores: Sequence[float | None]) -> set[int]:
-    """The places of the best; all where none is scored, so that nothing is said to differ."""
+    """Return the indices of the best scores; all indices if there is no score, so that nothing counts as changed."""
     known = [score for score in scores if score is not None]
     return {i for i, score in enumerate(scores) if not known or score == max(known)}
 
@@ -166,7 +169,7 @@ def _number(score: float | None) -> str:
 
 
 def _correlation(pairs: Sequence[tuple[float, float]]) -> str:
-    """Pearson's, or why there is none."""
+    """Return Pearson's correlation as text, or why it is undefined."""
     if len(pairs) < 2 or any(len(set(side)) < 2 for side in zip(*pairs, strict=True)):
         return "undefined (a side is constant)"
     before, now = zip(*pairs, strict=True)

@@ -35,16 +35,19 @@ from grpo.tools.generate import Answering, find_answering
 
 BASE = "base"
 KEPT_PART = 8
-"""So much of the memory, one part of so many, is for keys and values of what sessions were answered."""
+"""One part in this many of the memory is for keys and values of the sessions' earlier answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
     """How to serve.
 
-    slots    rows decoded at once; None for as many as the run had
-    longest  tokens of prompt and answer together; None for what the model was made for
-    drain    seconds that requests under way get when the server is asked to end
+    host, port  the address to listen on
+    key         the API key that clients must send; None: no key
+    slots       number of rows that decode simultaneously; None: as in the run
+    longest     maximum number of tokens of prompt and answer together; None: the model's context length
+    drain       seconds that running requests get when the server is stopped
+    limits      limits on requests
     """
 
     host: str = "127.0.0.1"
@@ -58,8 +61,11 @@ class Serving:
 
 @dataclass(frozen=True, slots=True)
 class ServedModels:
-    """See `grpo.serving.shelf.Models`. `adapters` are folders by name, None for the model without an adapter, and
-    `aliases` further names for these. Of a `run` each checkpoint can be had, as NAME@STEP."""
+    """The models that clients can name: see `grpo.serving.shelf.Models`.
+
+    `adapters` maps names to folders, None for the model without an adapter. `aliases` maps further names to these
+    names. Each checkpoint of `run` is available as NAME@STEP.
+    """
 
     adapters: Mapping[str, Path | None]
     aliases: Mapping[str, str]
@@ -75,11 +81,11 @@ class ServedModels:
     def folder(self, name: str) -> Path | None:
         if name in self.adapters:
             return self.adapters[name]
-        assert self.run is not None, "only of a run other names are found"
+        assert self.run is not None, "only a run has further names"
         return find_checkpoint(self.run, name.rpartition("@")[2])
 
     def _steps(self) -> list[str]:
-        """The names of the checkpoints that there are now, newest first: the run may go on meanwhile."""
+        """Return the names of the current checkpoints, newest first. The run may still be adding checkpoints."""
         if self.run is None:
             return []
         found = checkpoints(self.run / CHECKPOINTS)
@@ -87,7 +93,7 @@ class ServedModels:
 
 
 def served_models(found: Answering) -> ServedModels:
-    """What can be asked for: of a run its newest checkpoint by the run's name, the others by their steps."""
+    """Return the models to serve. The run's name means its newest checkpoint; other checkpoints are named by step."""
     if found.adapter is None:
         return ServedModels({found.model.name: None}, {BASE: found.model.name})
     base: dict[str, Path | None] = {BASE: None}
@@ -99,10 +105,10 @@ def served_models(found: Answering) -> ServedModels:
 
 
 def serve(target: str, adapter: Path | None, how: Serving, tell: Callable[[str], object]) -> None:
-    """Serve until SIGINT or SIGTERM, and answer what is under way then; while the model loads they end the process.
-    `tell` is given lines for a person.
+    """Serve until SIGINT or SIGTERM, and finish the running requests. While the model loads, a signal ends the process
+    immediately. `tell` gets lines for the user.
 
-    Raises UserError for what cannot be loaded, a place where it cannot listen, and where the extra is not installed.
+    Raises UserError if the model cannot be loaded, if the address cannot be used, and if the extra is not installed.
     """
     with extra("serve", "grpo serve"):
         from grpo.serving import server
@@ -125,7 +131,7 @@ def serve(target: str, adapter: Path | None, how: Serving, tell: Callable[[str],
 
 
 class _Loading:
-    """Loads the model and what belongs to it, in the thread that is to decode."""
+    """Loads the model, its adapters, and its tokenizer, in the thread that will decode."""
 
     speaker: Speaker
 
@@ -148,32 +154,32 @@ class _Loading:
         self.speaker = Speaker(tokenizer, vocabulary, longest, kwargs)
         self.notes += generator.describe()
         if found.data.system is not None:
-            self.notes.append("the run's system message is not added: clients send it, as the first of their messages")
+            self.notes.append("the run's system message is not added: clients must send it as their first message")
         return DecodingLoop(generator, Shelf(adapters, self._models), kept_bytes=memory_bytes() // KEPT_PART)
 
 
 def adapters_of(model: nn.Module, folder: Path | None) -> Adapters:
-    """The model (changed in place) with layers for adapters like the one in this folder; the model's own state is the
-    active one. Raises UserError for a folder without an adapter that fits."""
+    """Add layers to the model, in place, for adapters like the one in this folder. The state without an adapter is
+    active. Raises UserError if the folder has no adapter that fits."""
     if folder is None:
         return NoAdapters(model)
     saved = read_adapter(folder)
     if saved.kind != "full" and saved.rank is None:
-        raise UserError(f"adapter {folder}: it has no adapter_config.json, which says its rank and scale")
+        raise UserError(f"adapter {folder}: there is no adapter_config.json, which has the adapter's rank and scale")
     kind = with_settings(AdapterConfig(), saved.section(len(model.layers)), f"adapter {folder}")
     made = Adapters(model, kind, derive_key(0, "adapter"), reference=False)
-    made.read(folder, "serve it")  # what does not fit is found out now
+    made.read(folder, "serve it")  # fail now if it does not fit
     model.eval()
     return made
 
 
 @contextmanager
 def _signals_end_it_at_once() -> Iterator[None]:
-    """Around what has signals of its own: they end the process with 128 + the signal. Nothing can stop the thread in
-    which a model loads, and Python's own end may crash in it."""
+    """End the process on SIGINT and SIGTERM with exit code 128 + signal, until the server sets its own handlers. The
+    thread in which a model loads cannot be stopped, and Python's regular exit may crash in it."""
 
     def end(number: int, _: object) -> None:
-        print("grpo: stopped at once", file=sys.stderr, flush=True)
+        print("grpo: stopped immediately", file=sys.stderr, flush=True)
         os._exit(128 + number)
 
     former = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -185,22 +191,22 @@ def _signals_end_it_at_once() -> Iterator[None]:
 
 
 def _guard(how: Serving) -> Guard:
-    """Raises UserError for a server that others can reach, and anybody can use."""
+    """Return the access rules. Raises UserError for a server that other machines can reach without a key."""
     local = how.host in LOOPBACK
     if not local and not how.key:
         raise UserError(
-            f"--host {how.host} lets other machines in: give an --api-key (or GRPO_API_KEY in the environment), or "
-            "leave --host out to serve this machine alone"
+            f"--host {how.host} lets other machines in: set --api-key (or GRPO_API_KEY in the environment), or remove "
+            "--host to serve this machine only"
         )
     return Guard(how.key or None, LOOPBACK if local else None)
 
 
 def _check_no_step(target: str) -> None:
-    """Raise UserError for RUN@STEP, which is a name for clients."""
+    """Raise UserError for RUN@STEP, which is a name that only clients use."""
     folder, _, step = target.rpartition("@")
     if step.isdecimal() and not Path(target).exists() and is_run(run := Path(folder)):
         name = _at(run.resolve(), int(step))
-        raise UserError(f"{target}: a step is for clients to choose: serve {folder}, and let them ask for model {name}")
+        raise UserError(f"{target}: clients choose the step: serve {folder}, and request model {name}")
 
 
 def _at(run: Path, step: int) -> str:

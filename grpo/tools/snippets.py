@@ -1,4 +1,4 @@
-"""How an export is used, as code for its model card: prompted as the run's prompts were."""
+"""Code for the model card that uses an export with prompts like the run's prompts."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ inputs = tokenizer.apply_chat_template(
 
 
 def snippet(form: str, base: str, repo: str | None, model: ModelConfig, data: DataConfig, length: int) -> str:
-    """A fenced piece of shell or Python that answers a prompt with the export, in at most `length` tokens.
+    """Return a fenced block of shell or Python that answers a prompt with the export, in at most `length` tokens.
 
-    `base` is the model as other programs load it; the export is in the Hub repository `repo`, or in a FOLDER. `model`
-    and `data` are the run's.
+    `base` is the name or folder from which other programs load the model. The export is in the Hub repository `repo`,
+    or in a FOLDER. `model` and `data` are the run's sections.
     """
     if form == "peft":
         return f"```python\n{_peft(base, repo or FOLDER, model, data, length)}\n```"
     lines = [f"mlx_lm.generate --model {repo or FOLDER} {_flags(data, length)}"]
     if form == "mlx":
         lines = [f"mlx_lm.generate --model {base} --adapter-path {FOLDER} {_flags(data, length)}"]
-        if repo is not None:  # mlx-lm takes adapters from folders alone
+        if repo is not None:  # mlx-lm only loads adapters from folders
             lines.insert(0, f"hf download {repo} --local-dir {FOLDER}")
     return "\n".join(["```sh", *lines, "```"])
 
 
 def _flags(data: DataConfig, length: int) -> str:
-    """mlx_lm.generate's, for a prompt as the run had them."""
+    """Return the flags of mlx_lm.generate for a prompt like the run's prompts."""
     flags = [f"--max-tokens {length}"]
-    if data.chat_template == "never":  # or else mlx-lm uses the template if there is one
+    if data.chat_template == "never":  # by default, mlx-lm uses the template if there is one
         flags.append("--ignore-chat-template")
     if data.system is not None:
         flags.append(f"--system-prompt {shlex.quote(data.system)}")
@@ -54,7 +54,7 @@ def _flags(data: DataConfig, length: int) -> str:
 
 
 def _peft(base: str, adapter: str, model: ModelConfig, data: DataConfig, length: int) -> str:
-    home = base.startswith("~")  # Python does not expand it by itself
+    home = base.startswith("~")  # Python does not expand `~`
     inputs = f'inputs = tokenizer({_prompt(data)!r}, return_tensors="pt")'
     if _wraps(model, data):
         system = [] if data.system is None else [{"role": "system", "content": data.system}]
@@ -71,7 +71,7 @@ def _peft(base: str, adapter: str, model: ModelConfig, data: DataConfig, length:
 
 
 def _prompt(data: DataConfig) -> str:
-    """The run's template, for its columns to be filled in; dots where a column was the whole prompt."""
+    """Return the run's template, whose columns the reader fills in; dots if one column was the whole prompt."""
     return data.prompt if "{" in data.prompt else "..."
 
 

@@ -1,7 +1,6 @@
-"""Adam and AdamW as MLX has them, with what is the same for all arrays computed before their step is compiled.
+"""MLX's Adam and AdamW, with scalars that all arrays share computed outside the compiled step.
 
-Inside the compiled step each of these few numbers would be a kernel of its own, which a CUDA machine takes seconds to
-build.
+Inside the compiled step each scalar would be a separate kernel, which takes seconds to build on CUDA.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ import mlx.optimizers as optim
 
 
 class _Prepared:
-    """Put before one of MLX's classes: the same numbers, by way of `factors` where they are in its state."""
+    """A mixin for MLX's classes: computes the same numbers, from `factors` if these are in the optimizer's state."""
 
     def factors(self: Any, shared: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """What `apply_single` will look for in the optimizer's state: scalars, from the state before the step.
+        """The scalars that `apply_single` reads from the optimizer's state, computed from the state before the step.
 
-        `rate` is the learning rate and `root` the factor of the second moment's root, both with their corrections of
-        bias; `decay` is what weight decay leaves of a weight.
+        `rate` is the learning rate, and `root` multiplies the root of the second moment, both with bias correction;
+        `decay` is the factor that weight decay applies to a weight.
         """
         rate, step, (first, second) = shared["learning_rate"], shared["step"] + 1, self.betas
         return {
@@ -30,7 +29,7 @@ class _Prepared:
         }
 
     def apply_single(self: Any, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
-        """What a float32 parameter becomes. Writes the new moments into `state`."""
+        """The updated value of a float32 parameter. Writes the new moments into `state`."""
         if "rate" not in (factors := self.state):
             return super().apply_single(gradient, parameter, state)  # type: ignore[misc,no-any-return]
         first, second = self.betas

@@ -1,4 +1,4 @@
-"""What was sampled for the next step: its groups, and what sampling and scoring them had to tell."""
+"""Groups that were sampled ahead for the next step, and the metrics of sampling and scoring them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from grpo.types import Group, Rollout
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One sampler's share: its scored groups, and what there is to tell of them.
+    """One sampler's share of a step: its scored groups, and the metrics of sampling and scoring them.
 
-    numbers    those of the groups' tasks in the step
-    drafted    what speculation did, as counts
-    failures   completions that failed so far, by metric
+    numbers    index of each group's task in the step
+    drafted    counts of speculative decoding
+    failures   number of completions that have failed so far, by metric
     scoring    the scorer's own metrics
-    seconds    of each phase
+    seconds    duration of each phase
     """
 
     groups: list[Group]
@@ -35,8 +35,11 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class Ahead:
-    """The scored groups of a step that is still to be made, in the order of its tasks, the metrics that sampling and
-    scoring gave, and the seconds of the slowest sampler in each phase."""
+    """The scored groups of a future step, in the order of its tasks.
+
+    told     metrics of sampling and scoring
+    seconds  duration of each phase, in the slowest sampler
+    """
 
     groups: tuple[Group, ...]
     told: Mapping[str, float] = field(default_factory=dict)
@@ -44,8 +47,7 @@ class Ahead:
 
     @classmethod
     def of(cls, parts: Sequence[Sampled], scorer: Scorer) -> Ahead:
-        """The samplers' shares together, whoever sampled which task. Rewards log what they log in the first sampler,
-        failures are added up."""
+        """Combine the samplers' shares. Rewards' logged metrics come from the first sampler; failures are summed."""
         by_number = {n: group for part in parts for n, group in zip(part.numbers, part.groups, strict=True)}
         groups = scorer.agreed([by_number[number] for number in sorted(by_number)])
         told = {
@@ -57,17 +59,17 @@ class Ahead:
         return cls(tuple(with_rewards(groups, scorer.weights)), told, seconds)
 
     def arrays(self) -> Arrays:
-        """The groups for a checkpoint, to the bit, without what rewards logged."""
+        """The groups as arrays for a checkpoint, bit for bit, without the values that rewards logged."""
         return pack([OlderGroup.of(group) for group in self.groups])
 
     def plain(self) -> dict[str, Any]:
-        """The rest, as JSON holds it."""
+        """Everything else, as data for JSON."""
         logged = [[dict(rollout.logged) for rollout in group.rollouts] for group in self.groups]
         return {"told": dict(self.told), "seconds": dict(self.seconds), "logged": logged}
 
     @classmethod
     def loaded(cls, arrays: Arrays, plain: Mapping[str, Any], scorer: Scorer) -> Ahead:
-        """What `arrays` and `plain` were taken of."""
+        """The inverse of `arrays` and `plain`."""
         groups = [
             replace(group, rollouts=tuple(map(_logging, group.rollouts, logged)))
             for group, logged in zip((one.group() for one in unpack(arrays)), plain["logged"], strict=True)

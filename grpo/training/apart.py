@@ -1,9 +1,9 @@
 """Sampling and training at the same time, in different processes: `ranks`.
 
-While the trainers make step n, the samplers sample what step n + 1 learns from, with the policy of before step n. So
-every step but the first learns from completions of the policy before its last update (a lag of 1), and the loss counts
-with that: see `ApartTrainer`. Between two steps all processes hold the same policy and the same groups. What is drawn
-depends on the seed and the step alone, so that one process which does both, one after the other, gets the same numbers.
+While the trainers make step n, the samplers sample the completions for step n + 1, with the policy before step n. So
+every step except the first learns from completions with a lag of one update, and the loss takes this into account: see
+`ApartTrainer`. Between two steps all processes hold the same policy and the same groups. Random draws depend only on
+the seed and the step, so a single process that does both, one after the other, gets the same numbers.
 """
 
 from __future__ import annotations
@@ -32,8 +32,13 @@ from grpo.types import Group, StepMetrics, Task
 
 @dataclass(frozen=True, slots=True)
 class Handed:
-    """What a process hands to all others at the end of a step: a sampler its share of the next step, the first trainer
-    what came of this one. `busy` are the seconds it worked."""
+    """What a process sends to all others at the end of a step.
+
+    sampled  a sampler's share of the next step
+    metrics  the first trainer's metrics of this step
+    counts   the updater's counters
+    busy     seconds of work
+    """
 
     sampled: Sampled | None
     metrics: StepMetrics | None
@@ -42,13 +47,13 @@ class Handed:
 
 
 class ApartTrainer(Trainer):
-    """A trainer whose processes sample or train, as their `roles` say.
+    """A trainer whose processes either sample or train, as their `roles` say.
 
-    The ratios of completions that lag behind are to the policy that sampled them (`Batch.stale`), whose logprobs are
-    the sampler's. With `loss.importance_sampling_correction` they are to the policy before the step's first update,
-    and the correction weighs tokens by that policy over the one that sampled: the decoupled objective (arXiv
-    2110.00641, 2505.24298). Logprobs of two policies show no gap between decoding and training, so that this is
-    checked at steps without lag alone.
+    The ratios of lagging completions are relative to the policy that sampled them (`Batch.stale`), by the sampler's
+    logprobs. With `loss.importance_sampling_correction` ratios are relative to the policy before the step's first
+    update, and the correction multiplies each token's weight by the ratio of that policy to the sampling policy: the
+    decoupled objective (arXiv 2110.00641, 2505.24298). The gap between decoding and training can only be checked at
+    steps without lag, because otherwise the two logprobs come from different policies.
     """
 
     def __init__(
@@ -68,12 +73,13 @@ class ApartTrainer(Trainer):
         self._told: Mapping[str, float] = {}
         self._lags = False
         self._room = 0
-        """For how many prompts each sampler has slots, known from the first step on."""
+        """Number of prompts that fit into the slots of each sampler, known from the first step on."""
 
     def step(self, n: int) -> StepMetrics:
-        """Make step `n` from the groups that wait for it, while those of the next step are sampled. See `Trainer`.
+        """Make step `n` from the groups sampled ahead for it, while the groups of the next step are sampled.
 
-        The first step, and one after a change of the recipe, has none waiting, and samples its own first.
+        The first step, and the first after a change of the recipe, has no such groups and samples its own first. See
+        `Trainer.step`.
         """
         began = time.perf_counter()
         if not self._room:
@@ -94,17 +100,17 @@ class ApartTrainer(Trainer):
         assert metrics is not None
         self._receive(n, handed[0].counts)
         ahead = self._together([one.sampled for one in handed]) if tasks else None
-        self.ahead = ahead  # the last change: what fails before it leaves what waits as it was
+        self.ahead = ahead  # the last change: an earlier error leaves the waiting groups as they were
         return replace(metrics, values={**metrics.values, **self._times(handed, began, ended)})
 
     def _first(self, n: int) -> Ahead:
-        """The groups of step `n`, sampled now, by the policy that the step begins with."""
+        """The groups of step `n`, sampled now, by the policy before the step."""
         tasks = taken(self.tasks, self.cfg.rollout.prompts_per_step)
         return self._together(self.ranks.gather(self._sampled(n, tasks, n - 1)))
 
     def _sampled(self, step: int, tasks: Sequence[Task], policy_step: int) -> Sampled | None:
-        """This sampler's share of what step `step` learns from; None where it does not sample, or there is nothing."""
-        self.engine.generator.drafted()  # what evaluations have counted
+        """This sampler's share of the groups for step `step`; None if it does not sample or there are no tasks."""
+        self.engine.generator.drafted()  # resets the counts of evaluations
         self.scorer.begin(step)
         if self.roles.sampler is None or not tasks:
             return None
@@ -119,7 +125,7 @@ class ApartTrainer(Trainer):
         return Sampled(scored, deal.taken, drafted, failures, self.scorer.metrics(), clock.laps)
 
     def _together(self, parts: Sequence[Sampled | None]) -> Ahead:
-        """All samplers' shares."""
+        """The shares of all samplers, combined."""
         return Ahead.of([part for part in parts if part is not None], self.scorer)
 
     def _learnt(self, n: int, groups: list[Group], ready: Ahead) -> StepMetrics:
@@ -128,7 +134,7 @@ class ApartTrainer(Trainer):
         return self.learn(n, groups, groups, clock)
 
     def _receive(self, n: int, counts: Mapping[str, int]) -> None:
-        """Be where the trainers are after step `n`."""
+        """Bring this process to the trainers' state after step `n`."""
         if self.ranks.size == 1:
             return
         if not self.roles.trains:
@@ -159,12 +165,13 @@ class ApartTrainer(Trainer):
         }
 
     def batched(self, groups: list[Group], beta: float) -> list[MiniBatch]:
-        """See `Trainer.batched`. Where a correction weighs tokens by the policy that sampled, ratios are to another."""
+        """See `Trainer.batched`. With a correction, groups count as not lagging: the correction accounts for the lag,
+        and ratios are relative to the policy before the step."""
         corrects = self.cfg.loss.importance_sampling_correction != "none"
         return super().batched([_not_lagging(group) for group in groups] if corrects else groups, beta)
 
     def told(self) -> dict[str, float]:
-        """What the samplers had to tell of the step's groups."""
+        """See `Trainer.told`: the metrics that the samplers sent with the step's groups."""
         return dict(self._told)
 
     def _check(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -172,35 +179,35 @@ class ApartTrainer(Trainer):
             self.gap.check(step, metrics)
 
     def arrays(self, outlines: bool = False) -> dict[str, Arrays]:
-        """See `Trainer.arrays`: with the groups that wait for the next step."""
+        """See `Trainer.arrays`: includes the groups that wait for the next step."""
         return {**super().arrays(outlines), **({} if self.ahead is None else {AHEAD: self.ahead.arrays()})}
 
     def counts(self) -> dict[str, Any]:
-        """See `Trainer.counts`: the scorer's are those of the first sampler. All processes must ask."""
+        """See `Trainer.counts`: the scorer's counts come from the first sampler. All processes must call this."""
         counts = super().counts()
-        told = self.ranks.gather(counts["scorer"] if self.keeps_records else None)
-        counts["scorer"] = next(one for one in told if one is not None)
+        gathered = self.ranks.gather(counts["scorer"] if self.keeps_records else None)
+        counts["scorer"] = next(one for one in gathered if one is not None)
         return counts if self.ahead is None else {**counts, AHEAD: self.ahead.plain()}
 
-    def load_state(self, state: TrainerState) -> None:
+    def load_state(self, state: TrainerState, consume: bool = False) -> None:
         """See `Trainer.load_state`."""
-        super().load_state(state)
+        super().load_state(state, consume)
         arrays = state.arrays.get(AHEAD)
         self.ahead = Ahead.loaded(arrays, state.counts[AHEAD], self.scorer) if arrays else None
 
     @property
     def keeps_records(self) -> bool:
-        """See `Trainer.keeps_records`: the first sampler, which scores."""
+        """See `Trainer.keeps_records`: true in the first sampler, because samplers score."""
         return self.roles.sampler == 0
 
     @property
     def whole(self) -> bool:
-        """See `Trainer.whole`: samplers have no moments."""
+        """See `Trainer.whole`: false in samplers, which have no optimizer moments."""
         return self.roles.trains
 
 
 COUNTS = "skipped_in_a_row", "steps_without_signal"
-"""What an updater counts, by its attributes."""
+"""The updater's counters, by attribute name."""
 
 
 def _not_lagging(group: Group) -> Group:

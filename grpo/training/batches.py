@@ -1,4 +1,4 @@
-"""Groups become batches: padded arrays, whose token weights are fixed before the split into micro-batches."""
+"""Turns groups into batches: padded arrays, whose token weights are fixed before the split into micro-batches."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Found = TypeVar("Found")
 def make_minibatches(
     groups: Sequence[Group], loss: LossConfig, packing: Packing, longest: int, number: int = 1, beta: float = 0.0
 ) -> list[MiniBatch]:
-    """Deal the step's groups out to `number` minibatches, one for each update of an iteration. See `make_batches`.
+    """Distribute the step's groups over `number` minibatches, one for each update of an iteration. See `make_batches`.
 
-    Groups that teach come first in a step, then those that do not, then older ones: dealt out like cards, each update
-    has about its share of every kind.
+    In a step, groups with a signal come first, then groups without, then replayed ones. Groups are dealt to the
+    minibatches in turn, so each update gets about its share of every kind.
     """
     groups = _with_samplers(groups)
     return [
@@ -69,8 +69,8 @@ def make_batches(
 def useful_tokens(
     groups: Sequence[Group], minibatches: Sequence[MiniBatch], loss: LossConfig, shares: bool
 ) -> dict[str, float]:
-    """The metric of that name: of the tokens that go through the model in an iteration of the update, the share that is
-    no padding and no repetition. A prompt counts once. Empty if nothing goes through."""
+    """The metric `update/useful_tokens`: the share of real tokens among the tokens that go through the model in an
+    iteration of the update. Padding and repeated prompts are not real: a prompt counts once. Empty without tokens."""
     through = sum(_places(batch, shares) for batches in minibatches for batch in batches)
     rows = [(task, rollout) for task, rollout in rows_of(groups) if learns(rollout, loss)]
     real = sum(len(rollout.trajectory.token_ids) for _, rollout in rows)
@@ -89,9 +89,10 @@ def _places(batch: Batch, shares: bool) -> int:
 def by_row(
     rows: Sequence[Sample], packing: Packing, measure: Callable[[Batch], mx.array], ranks: Ranks | None = None
 ) -> list[Any]:
-    """What a forward pass finds of each row: `measure` of its micro-batch, one value or list of values for a row.
+    """A measurement of each row by forward passes: `measure` of a micro-batch returns an array with one value, or one
+    list of values, for each row.
 
-    The ranks divide the micro-batches among themselves, and all get every value.
+    The ranks divide the micro-batches among themselves, and every rank gets all values.
     """
     ranks, parts = ranks or Ranks(), pack(rows, packing)
     mine: list[Any] = [measure(collate([rows[i] for i in part], shape)).tolist() for part, shape in ranks.share(parts)]
@@ -103,18 +104,21 @@ def by_row(
 
 
 def rows_of(groups: Sequence[Group]) -> list[Sample]:
-    """Every row to train on with its task, in the order of the groups: a completion, or each of its `parts`."""
+    """Every row to train on with its task, in the order of the groups: a completion, or each of its `parts`.
+
+    A conversation that continued in new rows has several parts.
+    """
     return [(group.task, row) for group in groups for rollout in group.rollouts for row in _parts(rollout)]
 
 
 def of_completions(groups: Sequence[Group], values: Sequence[Value]) -> list[list[Value]]:
-    """Values of `rows_of(groups)`, one for each row, together for each completion."""
+    """Group values of `rows_of(groups)`, one for each row, by completion."""
     each = iter(values)
     return [[next(each) for _ in r.trajectory.parts] for group in groups for r in group.rollouts]
 
 
 def _parts(rollout: Rollout) -> Iterator[Rollout]:
-    """A completion's rows: all have its advantage, or each those of its own turns."""
+    """A completion's rows. Each has the completion's advantage, or the advantages of its own turns."""
     if not rollout.trajectory.begins:
         yield rollout
         return
@@ -126,7 +130,7 @@ def _parts(rollout: Rollout) -> Iterator[Rollout]:
 
 
 def collate(rows: Sequence[Sample], shape: Shape) -> Batch:
-    """Pad rows to one batch of the given shape, in lines if it has any. Every trained token has weight 1."""
+    """Pad rows to one batch of the given shape, in packed lines if the shape has lines. Trained tokens get weight 1."""
     prompts = list(dict.fromkeys(task.prompt_ids for task, _ in rows))
     place = {prompt: position for position, prompt in enumerate(prompts)}
     fill = shape.rows - len(rows)
@@ -177,30 +181,30 @@ def _all_rows_count(loss: LossConfig) -> bool:
 def forced(policy: Policy, batch: Batch) -> mx.array:
     """The logprobs of `batch_logprobs`, evaluated now: the active adapter state may change before they are read.
 
-    No entropies are computed, which takes the head a softmax less.
+    Entropies are not computed, which saves a softmax over the vocabulary.
     """
     return forced_each(policy, [batch])[0]
 
 
 def forced_each(policy: Policy, batches: Sequence[Batch], ranks: Ranks | None = None) -> list[mx.array]:
-    """The same of each batch, side by side on a CPU."""
+    """`forced` for each batch. A CPU computes several batches in parallel."""
     return [logprobs for (logprobs,) in _forced(policy, batches, False, ranks)]
 
 
 def forced_with_entropies(policy: Policy, batch: Batch) -> tuple[mx.array, mx.array]:
-    """`batch_logprobs`, evaluated now."""
+    """The logprobs and entropies of `batch_logprobs`, evaluated now."""
     return forced_each_with_entropies(policy, [batch])[0]
 
 
 def forced_each_with_entropies(
     policy: Policy, batches: Sequence[Batch], ranks: Ranks | None = None
 ) -> list[tuple[mx.array, mx.array]]:
-    """The same of each batch, side by side on a CPU."""
+    """`forced_with_entropies` for each batch. A CPU computes several batches in parallel."""
     return [(logprobs, entropies) for logprobs, entropies in _forced(policy, batches, True, ranks)]
 
 
 def hidden_each(policy: Policy, batches: Sequence[Batch], ranks: Ranks | None = None) -> list[mx.array]:
-    """The hidden states of each batch that predict its tokens, `[B, T, D]`, evaluated now; side by side on a CPU."""
+    """`batch_hidden` for each batch: `[B, T, D]`, evaluated now. A CPU computes several batches in parallel."""
     return list(_each(policy, batches, lambda batch: batch_hidden(policy, batch), ranks))
 
 
@@ -227,7 +231,7 @@ def batch_logprobs(
 ) -> tuple[mx.array, ...]:
     """Logprobs and entropies (nats) of a batch's tokens under the active adapter state: `[B, T]` float32 each.
 
-    With `entropy_gradient` the entropies are differentiable; without `entropies` there are only logprobs.
+    With `entropy_gradient` the entropies are differentiable. Without `entropies` only logprobs are returned.
     """
     if batch.lines is not None and batch.starts is not None:
         length = batch.token_ids.shape[1]
@@ -239,7 +243,7 @@ def batch_logprobs(
 def batch_hidden(policy: Policy, batch: Batch) -> mx.array:
     """The hidden states that predict a batch's tokens, under the active adapter state: `[B, T, D]`.
 
-    Of a policy whose head can be split off. What they are behind a row's end means nothing.
+    The policy's head must be separable (`Policy.split`). Values after the end of a row are meaningless.
     """
     if batch.lines is None or batch.starts is None:
         return policy.group_hidden(batch.prompt_ids, batch.prompt_lengths, batch.prompt_index, batch.token_ids)
@@ -250,9 +254,9 @@ def batch_hidden(policy: Policy, batch: Batch) -> mx.array:
 
 
 def _with_samplers(groups: Sequence[Group]) -> Sequence[Group]:
-    """Give every trajectory the column `sampler` if some have it. Without filters it equals `behaviour`.
+    """Give every trajectory the column `sampler` if any has it. For a trajectory without filters it is `behaviour`.
 
-    Otherwise a batch that mixes both kinds would lose the column, and how rows are packed would change the loss.
+    Otherwise a batch that mixes both kinds would lose the column, and the loss would depend on how rows are packed.
     """
     trajectories = [rollout.trajectory for group in groups for rollout in group.rollouts]
     if len({trajectory.sampler is None for trajectory in trajectories}) < 2:
@@ -269,8 +273,8 @@ def _with_sampler(rollout: Rollout) -> Rollout:
 
 
 def _trained(trajectories: Sequence[Trajectory], shape: Shape) -> mx.array:
-    """1 on trained tokens, 0 on others and on padding: `[B, T]` float32."""
-    if all(all(trajectory.trained) for trajectory in trajectories):  # lengths alone give the mask: no Python lists
+    """1 on trained tokens, 0 on other tokens and padding: `[B, T]` float32."""
+    if all(all(trajectory.trained) for trajectory in trajectories):  # the mask follows from lengths, without lists
         lengths = mx.array([len(t.token_ids) for t in trajectories] + [0] * (shape.rows - len(trajectories)))
         return (mx.arange(shape.length)[None] < lengths[:, None]).astype(mx.float32)
     return _padded([trajectory.trained for trajectory in trajectories], shape.rows, shape.length)
@@ -285,14 +289,14 @@ def _stale(rollouts: Sequence[Rollout], trained: mx.array) -> mx.array | None:
 
 
 def _advantages(rollouts: Sequence[Rollout], shape: Shape) -> mx.array:
-    """The advantage of each token that may be trained: `[B, 1]` float32, or `[B, T]` where turns have their own."""
+    """The advantages of the rows' tokens: `[B, 1]` float32, or `[B, T]` if turns have their own advantages."""
     if all(rollout.turn_advantages is None for rollout in rollouts):
         return mx.array([rollout.advantage for rollout in rollouts] + [0.0] * (shape.rows - len(rollouts)))[:, None]
     return _padded([_by_token(rollout) for rollout in rollouts], shape.rows, shape.length)
 
 
 def _by_token(rollout: Rollout) -> list[float]:
-    """A completion's advantage at each of its tokens; what stands between two turns has that of the former."""
+    """A completion's advantage at each of its tokens. Tokens between two turns get that of the earlier turn."""
     turns = rollout.turn_advantages
     if turns is None:
         return [rollout.advantage] * len(rollout.trajectory.token_ids)
@@ -300,14 +304,14 @@ def _by_token(rollout: Rollout) -> list[float]:
 
 
 def _column(values: Sequence[tuple[float, ...] | None], shape: Shape) -> mx.array | None:
-    """A column of the rows, `[B, T]` float32; None unless every row has it."""
+    """A column of the rows, `[B, T]` float32; None unless every row has the column."""
     present = [row for row in values if row is not None]
     return None if len(present) < len(values) else _padded(present, shape.rows, shape.length)
 
 
 def _padded(values: Sequence[Sequence[float]], rows: int, length: int, dtype: type = np.float32) -> mx.array:
-    """The values padded with 0: `[rows, length]`."""
+    """The values, padded with 0 to `[rows, length]`."""
     filled: Any = np.zeros((rows, length), dtype)
-    for row, own in zip(filled, values, strict=False):
-        row[: len(own)] = own
+    for row, given in zip(filled, values, strict=False):
+        row[: len(given)] = given
     return mx.array(filled)

@@ -1,4 +1,4 @@
-"""Which completions stand behind one another in a line, and how many lines go through the model at once."""
+"""Packs completions into lines, and decides how many lines go through the model together."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Iterable, Sequence
 _Ids = tuple[int, ...]
 
 SHORTEST = 16
-"""Lines have room for completions of so many tokens in the mean. It bounds how many rows a micro-batch has."""
+"""A line of width W holds at most W / SHORTEST completions. This limits the number of rows in a micro-batch."""
 
 
 def filled(rows: Sequence[tuple[_Ids, int]], width: int) -> list[list[int]]:
-    """Rows, as prompts and completions' lengths, in lines of `width` places: positions in `rows`, line by line.
+    """Pack rows, given as prompt and completion length, into lines of `width` tokens: positions in `rows` per line.
 
-    Groups are taken from the largest to the smallest. Each goes to the line where it leaves the fewest places free, as
-    many of its completions as there is room for, and what is left of it to the next. A line holds the prompt once.
+    Groups are placed from the largest to the smallest. A group goes into the line where it leaves the fewest free
+    places; completions that do not fit go into the next such line. A line holds a prompt once for its completions.
     """
     groups: dict[_Ids, list[tuple[int, int]]] = {}
     for number, (prompt, length) in enumerate(rows):
         groups.setdefault(prompt, []).append((length, number))
-    lines: list[tuple[int, list[int]]] = []  # places that are free, and rows
+    lines: list[tuple[int, list[int]]] = []  # number of free places, and rows
     for prompt, members in sorted(groups.items(), key=lambda group: -_places(*group)):
         before, waiting = len(prompt) - 1, sorted(members, reverse=True)
         while waiting:
@@ -42,7 +42,7 @@ def _places(prompt: _Ids, members: Iterable[tuple[int, int]]) -> int:
 
 
 def _most(width: int) -> int:
-    """Completions of a line, at most."""
+    """The maximum number of completions in a line."""
     return max(1, width // SHORTEST)
 
 
@@ -51,7 +51,7 @@ def _takes(free: int, held: Sequence[int], shortest: int, width: int) -> bool:
 
 
 def _put(waiting: Sequence[tuple[int, int]], free: int, most: int) -> tuple[int, list[int], list[tuple[int, int]]]:
-    """Take completions, the longest first, as long as there is room: what stays free, those taken, and those left."""
+    """Place completions, longest first, while there is room. Returns the free places, the placed and the remaining."""
     taken: list[int] = []
     left: list[tuple[int, int]] = []
     for length, number in waiting:
@@ -64,15 +64,16 @@ def _put(waiting: Sequence[tuple[int, int]], free: int, most: int) -> tuple[int,
 
 
 def most_lines(tokens: int, width: int) -> int:
-    """The lines of the largest micro-batch of so many tokens: a power of two."""
+    """The number of lines in the largest micro-batch of `tokens` tokens: a power of two."""
     return 1 << (max(1, tokens // width).bit_length() - 1)
 
 
 def portions(count: int, most: int, each: float) -> list[int]:
-    """`count` lines in portions that are powers of two up to `most`, itself one; the largest first.
+    """Split `count` lines into portions of sizes that are powers of two up to `most`, largest first.
 
-    So there are few shapes. The last portion may hold fewer lines. A portion costs as much as `each` lines beside its
-    own: a few large ones with lines left empty may cost less than many that are full.
+    `most` is a power of two. Powers of two keep the number of shapes small. The last portion may hold fewer lines than
+    its size. A portion costs as much as its lines plus `each` lines: a few large portions with empty lines may cost
+    less than many full ones.
     """
     sizes = [1 << power for power in range(most.bit_length())]
     whole = max(0, count // most - 1)

@@ -1,4 +1,4 @@
-"""How long the phases of a step take."""
+"""Measures the durations of a step's phases."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 
 
 class Clock:
-    """Seconds spent between laps, by name."""
+    """Adds up the seconds between calls of `lap`, by name of the phase, in `laps`."""
 
     def __init__(self) -> None:
         self._last = time.perf_counter()

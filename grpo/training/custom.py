@@ -1,4 +1,4 @@
-"""A user's own loss, `loss.use`: its mistakes become errors that name it."""
+"""A user's own loss, `loss.use`: errors in it become errors that name it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grpo.types import Batch
 
 
 def guarded(custom: CustomLoss) -> CustomLoss:
-    """The same loss, which raises RunError if the function fails or does not return one loss for each token."""
+    """The same loss, but it raises RunError if the function fails or does not return one loss for each token."""
 
     def call(current: mx.array, batch: Batch, cfg: LossConfig) -> mx.array:
         named = f"loss.use: {cfg.use}" if cfg.use else f"loss: {getattr(custom, '__name__', custom)}"
@@ -31,7 +31,7 @@ def guarded(custom: CustomLoss) -> CustomLoss:
 
 
 def _columns(error: Exception) -> str:
-    """The fields of a batch, if the error is that a loss read a field that does not exist."""
+    """A sentence that lists the fields of a batch, if the loss read a field that does not exist; otherwise empty."""
     if not (isinstance(error, AttributeError) and isinstance(error.obj, Batch)):
         return ""
     return f". A batch has {', '.join(field.name for field in fields(Batch))}."

@@ -1,4 +1,4 @@
-"""Measurements of a step's completions that need forward passes beside the update: entropy and KL."""
+"""Measurements of a step's completions that need forward passes in addition to the update: entropy and KL."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Gauges:
     def entropy_left_out(self, groups: Sequence[Group]) -> Entropy:
         """The entropy of the completions that the update leaves out because they cannot have a gradient.
 
-        Leaving them out of the metric would bias it: most belong to prompts that the policy is sure of. Entropy is the
-        expectation of -log p, so the mean of -`behaviour` estimates it without bias and at no cost. If filters changed
-        the distribution that was drawn from, this does not hold, and a forward pass of each completion is made. The
-        same goes for completions of an older policy, whose `behaviour` tells of that policy.
+        Leaving them out of the metric would bias it: most belong to prompts on which the policy is certain. Entropy is
+        the expectation of -log p, so the mean of -`behaviour` estimates it without bias and at no cost. This does not
+        hold for completions of an older policy, whose `behaviour` describes that policy: they get a forward pass. If
+        filters changed the sampling distribution, all completions get a forward pass.
         """
         rows = [row for row in rows_of(groups) if not learns(row[1], self.loss)]
         tokens = sum(rollout.trajectory.trained_tokens for _, rollout in rows)
@@ -63,20 +63,20 @@ class Gauges:
         return [sum(totals) for totals in of_completions(groups, of_rows)]
 
     def _entropies(self, batch: Batch) -> mx.array:
-        """Of each row the sum over trained tokens: `[B]`."""
+        """The sum of each row's entropies over its trained tokens: `[B]`."""
         return mx.where(batch.trained > 0, forced_with_entropies(self.policy, batch)[1], 0.0).sum(axis=1)
 
     def _divergences(self, batch: Batch) -> mx.array:
-        """Of each row the sum over trained tokens: `[B]`."""
+        """The sum of each row's KL estimates over its trained tokens: `[B]`."""
         assert batch.behaviour is not None, "training needs rollouts with logprobs"
         estimate = kl_estimate(batch.behaviour, forced(self.policy, batch), self.loss.kl_estimator)
         return mx.where(batch.trained > 0, estimate, 0.0).sum(axis=1)
 
 
 def with_all_entropy(update: Update, rest: Entropy, totals: Totals) -> Update:
-    """The update with the metric `entropy` over all tokens of the step: those that it saw, and the `rest`.
+    """The update with the metric `entropy` over all tokens of the step: the tokens of the update, and the `rest`.
 
-    Unchanged if every update was skipped, since the entropy that they saw is unknown then.
+    Unchanged if every update was skipped, because then the entropy of the update's tokens is unknown.
     """
     seen = totals.tokens - rest.tokens
     if not totals.tokens or (seen and "entropy" not in update.metrics):

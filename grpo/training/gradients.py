@@ -44,7 +44,7 @@ class Gradient:
 
 
 class Gradients:
-    """Makes gradients of one loss, or of a researcher's `custom` loss, with respect to what trains in a policy."""
+    """Computes gradients of a loss, or of a user's `custom` loss, with respect to a policy's trainable parameters."""
 
     def __init__(
         self,
@@ -56,8 +56,8 @@ class Gradients:
         alone: bool = False,
         teacher: Teacher | None = None,
     ) -> None:
-        """With `compiles` the computation is compiled, where that pays. `alone`: micro-batches go one after the other,
-        where a CPU would compute as many side by side as pay."""
+        """With `compiles`, the computation is compiled where that pays. `alone`: micro-batches are computed one after
+        the other, even on a CPU that could compute several in parallel."""
         self.policy, self.loss, self.custom = policy, loss, custom
         self.ranks = ranks or Ranks()
         self.progress: Progress | None = None
@@ -67,15 +67,15 @@ class Gradients:
         self._traces = self._accumulate != self._accumulated
 
     def __call__(self, batches: Sequence[Batch], dropout_key: mx.array | None = None) -> Gradient:
-        """The gradient of the batches' summed loss; of no batches (nothing to learn from), zeros.
+        """The gradient of the batches' summed loss; zeros if there are no batches, because nothing is to be learned.
 
-        With a key (uint32 `[2]`) the adapter's dropout is on, and each batch has masks of its own.
+        With a dropout key (uint32 `[2]`) the adapter's dropout is on, with different masks for each batch.
         """
         total: list[Any] = [tree_map(lambda p: mx.zeros(p.shape), self.policy.model.trainable_parameters())]
         parts: list[dict[str, float]] = []
         loss, seen = 0.0, []
         idle = self._idle(batches)
-        self._tell(0, len(batches))  # the first one may take long: a GPU builds its kernels
+        self._tell(0, len(batches))  # the first batch may take long, because a GPU builds its kernels
         untouched = same_objects(self.policy.model) if self._traces else nullcontext()
         with untouched, closing(self._added(total, batches, dropout_key)) as added:
             self._pass_idly(total, idle.get(0, ()))
@@ -89,34 +89,35 @@ class Gradients:
         every_part = [part for _, theirs in everyone for part in theirs]
         arrays: dict[str, mx.array] = tree_flatten(total.pop(), destination={})
         for summed, ranks in self.policy.shards.sums_of(list(arrays), self.ranks):
-            for paths in grouped({path: arrays[path] for path in summed}):  # each sum is another array: a few at a time
+            for paths in grouped({path: arrays[path] for path in summed}):  # in groups: each sum is a new array
                 arrays |= zip(paths, ranks.sum([arrays.pop(path) for path in paths]), strict=True)
         return Gradient(arrays, sum(one for one, _ in everyone), combine_metrics(every_part), seen)
 
     def _idle(self, batches: Sequence[Batch]) -> dict[int, list[Batch]]:
-        """What is to go through the model besides, by after how many of the batches, where weights are spread: all
-        processes must gather it as often, in the same order.
+        """Batches to pass through the model without effect, by the number of real batches that come before them.
 
-        Batches in lines, which come first (`pack`), go through it once, and those in rows behind their prompts twice.
+        With spread weights, all processes must gather the weights equally often and in the same order, so processes
+        with fewer batches fill up with idle ones. Batches in lines come first (`pack`) and go through the model once;
+        batches in rows go through it twice, first the prompts and then the completions.
         """
         if not self.policy.is_spread or self.ranks.size == 1:
             return {}
         kinds = [[batch for batch in batches if (batch.lines is not None) == lines] for lines in (True, False)]
-        numbers = self.ranks.gather([len(own) for own in kinds])
+        numbers = self.ranks.gather([len(here) for here in kinds])
         idle: dict[int, list[Batch]] = {}
         done = 0
-        for own, theirs in zip(kinds, zip(*numbers, strict=True), strict=True):
-            done += len(own)
-            given = own[-1:]
-            if not all(theirs) and any(theirs):
-                first = {name: np.array(array) for name, array in own[0].arrays().items()} if own else None
+        for here, counts in zip(kinds, zip(*numbers, strict=True), strict=True):
+            done += len(here)
+            given = here[-1:]
+            if not all(counts) and any(counts):
+                first = {name: np.array(array) for name, array in here[0].arrays().items()} if here else None
                 arrays = next(found for found in self.ranks.gather(first) if found is not None)
                 given = given or [Batch.of({name: mx.array(array) for name, array in arrays.items()})]
-            idle.setdefault(done, []).extend(given * (max(theirs) - len(own)))
+            idle.setdefault(done, []).extend(given * (max(counts) - len(here)))
         return idle
 
     def _pass_idly(self, total: list[Any], batches: Sequence[Batch]) -> None:
-        """Let batches go through the model for nothing, but to take part in the sums of the others' gradients."""
+        """Pass idle batches through the model, to take part in exchanges between processes. Their gradient is 0."""
         for batch in batches:
             with self.policy.training():
                 _, gradient = nn.value_and_grad(self.policy.model, self._nothing)(batch)
@@ -136,11 +137,11 @@ class Gradients:
         self, total: list[Any], batches: Sequence[Batch], dropout_key: mx.array | None
     ) -> Generator[tuple[mx.array, Metrics, mx.array], None, None]:
         """Add each batch's gradient to the only tree in `total`, in order, and yield its loss, metrics and logprobs."""
-        # Keys are inputs, or the compiled function would draw the same masks for ever.
+        # Keys are inputs, because otherwise the compiled function would draw the same masks forever.
         keys = [None] * len(batches) if dropout_key is None else mx.random.split(dropout_key, len(batches))
         inputs = [(batch.arrays(), key) for batch, key in zip(batches, keys, strict=True)]
         tokens = max((tokens_of(arrays) for arrays, _ in inputs), default=0)
-        # A user's own loss may read arrays that are not computed yet, which two lanes must not both compute.
+        # A user's loss may read arrays that are not computed yet, and two lanes must not both compute them.
         alone = self.alone or self.custom is not None
         number = 1 if alone else update_lanes(self.policy.model, tokens, len(batches), self.ranks)
         if number == 1:
@@ -149,20 +150,20 @@ class Gradients:
                     tree, found = self._accumulate(total.pop(), arrays, key)
                 total.append(tree)
                 del tree
-                mx.async_eval(total, *found)  # type: ignore[no-untyped-call]  # while Python builds the rest
+                mx.async_eval(total, *found)  # type: ignore[no-untyped-call]  # runs while Python builds the rest
                 loss, metrics = self._measured(batch, *found)
                 mx.eval(total, loss, metrics, found)  # one micro-batch's activations at a time
                 yield loss, metrics, found[0]
             return
         made = side_by_side(self._of_one, inputs, number, self.policy.model.state)
         for gradient, loss, metrics, logprobs in made:
-            total.append(tree_map(mx.add, total.pop(), gradient))  # in the same order, whichever lane was faster
+            total.append(tree_map(mx.add, total.pop(), gradient))  # in a fixed order, whichever lane is faster
             del gradient
             mx.eval(total)
             yield loss, metrics, logprobs
 
     def _of_one(self, given: tuple[dict[str, mx.array], mx.array | None]) -> tuple[Any, mx.array, Metrics, mx.array]:
-        """The gradient of a batch by its arrays, its loss, its metrics and its logprobs."""
+        """The gradient, loss, metrics and logprobs of a batch, given as its arrays and its dropout key."""
         batch, dropout_key = Batch.of(given[0]), given[1]
         with self.policy.training():
             (_, found), gradient = self._loss_and_grad(batch, dropout_key)
@@ -171,7 +172,7 @@ class Gradients:
     def _accumulated(
         self, tree: Any, arrays: dict[str, mx.array], dropout_key: mx.array | None
     ) -> tuple[Any, tuple[mx.array, ...]]:
-        """The float32 tree with the batch's gradient added, and what `_forward` finds of the batch."""
+        """The float32 tree with the batch's gradient added, and the outputs of `_forward` for the batch."""
         (_, found), gradient = self._loss_and_grad(Batch.of(arrays), dropout_key)
         return tree_map(mx.add, tree, gradient), found
 
@@ -182,12 +183,14 @@ class Gradients:
         return loss, tuple(map(mx.stop_gradient, found))
 
     def _forward(self, batch: Batch) -> tuple[mx.array, ...]:
-        """Logprobs and entropies of the batch's tokens, and their KL to a teacher whose KL is in the loss: `[B, T]`
-        float32 each."""
+        """Logprobs and entropies of the batch's tokens, and their KL to the teacher if that is in the loss.
+
+        `[B, T]` float32 each.
+        """
         bonus = self.loss.entropy_coef > 0
         if batch.teacher_coef is None:
             return batch_logprobs(self.policy, batch, bonus)
-        assert self.teacher is not None, "the batch has what one has said"
+        assert self.teacher is not None, "a batch with a teacher's values needs the teacher"
         hidden, beside = batch_hidden(self.policy, batch), self.teacher.beside(self.policy, batch)
         return self.policy.hidden_logprobs(hidden, batch.token_ids, bonus, beside)
 
@@ -196,8 +199,8 @@ class Gradients:
     ) -> tuple[mx.array, Metrics]:
         """The batch's loss and its metrics.
 
-        They are computed outside the compiled function: inside, each of some twenty metrics would be a kernel of its
-        own, which a CUDA machine takes seconds to build and which saves microseconds.
+        They are computed outside the compiled function: inside, each of about twenty metrics would be a separate
+        kernel, which takes seconds to build on CUDA and saves microseconds.
         """
         custom = guarded(self.custom) if self.custom else None
         return policy_loss(logprobs, batch, self.loss, entropies, custom, divergence)

@@ -1,6 +1,6 @@
-"""A scored group in arrays and a text: small on the host, and written to checkpoints to the bit.
+"""A compact form of a scored group, as arrays and JSON, for memory and for checkpoints (exact to the bit).
 
-Python's lists of numbers take some 70 bytes a token; this form takes 9, and 4 more with filters.
+Python lists of numbers take about 70 bytes per token; this form takes 9, or 13 with sampling filters.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ ABOUT, IDS, TRAINED, VALUES = "about", "ids", "trained", "values"
 
 @dataclass(frozen=True, slots=True)
 class OlderGroup:
-    """A group as it was scored, and how often it was replayed.
+    """A scored group, and how often it was replayed.
 
-    `policy_step` is that of its policy. `about` is JSON: texts, scores and lengths. The arrays follow one another
-    without gaps: `ids` int32, the task's prompt and then every completion; `trained` uint8, of every completion;
-    `values` float32, the columns of the first completion, of the second, and so on.
+    policy_step  number of steps that the sampling policy had made
+    replays      number of times that the group was replayed
+    about        JSON: texts, scores and lengths
+    ids          int32: the prompt's tokens, then those of every completion, without gaps
+    trained      uint8: the masks of all completions
+    values       float32: the columns of the first completion, then those of the second, and so on
 
-    The rewards' raw scores are kept, so that rewards and advantages can be made anew, and no `logged` values: a
-    replayed group is not measured again. Values of the dataset's row that JSON does not have are kept as texts.
+    Raw scores are kept, so that rewards and advantages can be recomputed. Logged values are dropped, because metrics
+    do not cover replayed groups. Values of the dataset's row that JSON cannot represent are stored as text.
     """
 
     policy_step: int
@@ -43,10 +46,10 @@ class OlderGroup:
 
     @classmethod
     def of(cls, group: Group) -> OlderGroup:
-        """A group whose completions are all of one policy, in this form."""
+        """The compact form of a group. All its completions must come from the same policy."""
         trajectories = [rollout.trajectory for rollout in group.rollouts]
         (policy_step,) = {trajectory.policy_step for trajectory in trajectories}
-        assert policy_step is not None, "it was sampled in training"
+        assert policy_step is not None, "groups sampled in training have a policy step"
         ids = [group.task.prompt_ids, *(trajectory.token_ids for trajectory in trajectories)]
         about = {"task": _about_task(group.task), "rollouts": [_about(rollout) for rollout in group.rollouts]}
         return cls(
@@ -59,7 +62,7 @@ class OlderGroup:
         )
 
     def group(self) -> Group:
-        """The group."""
+        """The group in its usual form."""
         about = json.loads(self.about)
         ids, trained, values = _Reader(self.ids), _Reader(self.trained), _Reader(self.values)
         task = dict(about["task"])
@@ -69,8 +72,11 @@ class OlderGroup:
 
 
 def pack(kept: Sequence[OlderGroup]) -> dict[str, mx.array]:
-    """The groups as four arrays, none if there are no groups. Floats are kept as the int32 of their bits: what a NaN
-    at an untrained token means, no reader of the file has to know."""
+    """The groups as four arrays for a checkpoint; no arrays if there are no groups.
+
+    Floats are stored as int32 with the same bits, because values at untrained tokens may be NaN, which the check for
+    NaN in checkpoints would reject.
+    """
     if not kept:
         return {}
     about = json.dumps(
@@ -106,7 +112,7 @@ def unpack(arrays: Arrays) -> tuple[OlderGroup, ...]:
 
 
 class _Reader:
-    """Hands out an array's numbers one part after the other."""
+    """Reads an array from front to back, part by part."""
 
     def __init__(self, array: npt.NDArray[Any]) -> None:
         self._array, self._place = array, 0
@@ -117,7 +123,7 @@ class _Reader:
         return self._array[self._place - length : self._place]
 
     def take(self, length: int) -> list[Any]:
-        """The same as Python's numbers."""
+        """The next `length` numbers, as Python numbers."""
         found: list[Any] = self.part(length).tolist()
         return found
 

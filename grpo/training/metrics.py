@@ -1,4 +1,4 @@
-"""A step's metrics, by TRL's names."""
+"""A step's metrics, under TRL's names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from grpo.training.update import Update
 from grpo.types import FAILURES, FinishReason, Group, StepMetrics, Trajectory
 
 SOLVED = 1.0
-"""A reward from which a completion counts as solved."""
+"""The smallest reward with which a completion counts as solved."""
 
 
 def step_metrics(
@@ -27,15 +27,18 @@ def step_metrics(
     sources: Sequence[str] = (),
     applies: Applying = ALL,
 ) -> StepMetrics:
-    """Everything a step measured, under the names and with the meanings of `grpo.scoring.meanings`.
+    """All metrics of a step. `grpo.scoring.meanings` describes them.
 
-    `groups` are all that were sampled, `status` what the trainer has to add, `seconds` the step's phases; `has_tools`:
-    whether the model can call tools. `sources` are the names of the sources of tasks, where there are several, and
-    `applies` says which rewards score which.
+    groups     all sampled groups
+    status     metrics that the trainer adds
+    seconds    duration of each phase
+    has_tools  whether the model can call tools
+    sources    names of the sources of tasks, if there are several
+    applies    which rewards score which sources
     """
     lengths = [rollout.trajectory.trained_tokens for group in groups for rollout in group.rollouts]
     values = {
-        **status,  # first: what rewards log under a name of ours does not count
+        **status,  # first, so that values which rewards log cannot replace metrics of the same name
         **_reward_metrics(groups, applies),
         **_source_metrics(groups, sources),
         **_length_metrics(groups, lengths),
@@ -54,8 +57,8 @@ def step_metrics(
 
 
 def _rewards_of(groups: Sequence[Group]) -> dict[str, float]:
-    """The mean reward of groups, and how the rewards differ within each; nothing where no completion has a reward, as
-    in a run that learns from a teacher alone."""
+    """The mean reward of groups, and measures of how rewards differ within groups. Empty if no completion has a reward,
+    as in a run that learns only from a teacher."""
     rewards_G = [[r.reward for r in group.rollouts if r.reward is not None] for group in groups]
     everything = [reward for rewards in rewards_G for reward in rewards]
     if not everything:
@@ -71,15 +74,15 @@ def _rewards_of(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def _source_metrics(groups: Sequence[Group], sources: Sequence[str]) -> dict[str, float]:
-    """Each source's share of the step's tasks; and of a source that has some, its rewards and its mean length."""
+    """Each source's share of the step's tasks, and the rewards and mean length of sources that have tasks."""
     metrics = {}
     for source in sources:
-        own = [group for group in groups if group.task.source == source]
-        metrics[f"sources/{source}/share"] = len(own) / len(groups)
-        if own:
-            lengths = [rollout.trajectory.trained_tokens for group in own for rollout in group.rollouts]
-            told = {**_rewards_of(own), "mean_length": fmean(lengths)}
-            metrics |= {f"sources/{source}/{name}": value for name, value in told.items()}
+        members = [group for group in groups if group.task.source == source]
+        metrics[f"sources/{source}/share"] = len(members) / len(groups)
+        if members:
+            lengths = [rollout.trajectory.trained_tokens for group in members for rollout in group.rollouts]
+            values = {**_rewards_of(members), "mean_length": fmean(lengths)}
+            metrics |= {f"sources/{source}/{name}": value for name, value in values.items()}
     return metrics
 
 
@@ -88,20 +91,20 @@ def _reward_metrics(groups: Sequence[Group], applies: Applying) -> dict[str, flo
     conversations = (r.trajectory.conversation for group in groups for r in group.rollouts)
     talked = {conversation.environment for conversation in conversations if conversation is not None}
     for name in groups[0].rollouts[0].scores:
-        asked = [group for group in groups if name in talked or applies(name, group.task.source)]
-        scores = [rollout.scores[name] for group in asked for rollout in group.rollouts]
-        if not scores:  # nothing of this step is for this reward
+        scored = [group for group in groups if name in talked or applies(name, group.task.source)]
+        scores = [rollout.scores[name] for group in scored for rollout in group.rollouts]
+        if not scores:  # this reward scores no task of this step
             continue
         known = [score for score in scores if score is not None]
-        failures = [r.failures[name].kind for group in asked for r in group.rollouts if name in r.failures]
-        if name in talked and not known and not failures:  # tools, or an environment that is no judge
+        failures = [r.failures[name].kind for group in scored for r in group.rollouts if name in r.failures]
+        if name in talked and not known and not failures:  # tools, or an environment that gives no rewards
             continue
         if known:
             metrics |= {
                 f"rewards/{name}/mean": fmean(known),
                 f"rewards/{name}/std": stdev(known) if len(known) > 1 else 0.0,
             }
-        kinds = FAILURES if talked else ("error", "timeout")  # a function of its own process has these two
+        kinds = FAILURES if talked else ("error", "timeout")  # without conversations, rewards fail only in these ways
         rates = {str(kind): failures.count(kind) / len(scores) for kind in kinds}
         rates["none"] = (len(scores) - len(known) - len(failures)) / len(scores)
         metrics |= {f"rewards/{name}/{kind}_rate": rate for kind, rate in rates.items()}
@@ -125,7 +128,7 @@ def _length_metrics(groups: Sequence[Group], lengths: Sequence[int]) -> dict[str
 
 
 def _conversation_metrics(groups: Sequence[Group], has_tools: bool) -> dict[str, float]:
-    """Of conversations: turns, how they ended, and with tools TRL's two metrics of them. Nothing of single answers."""
+    """Metrics of conversations: turns, how they ended, and with tools TRL's two metrics. Empty for single answers."""
     trajectories = [rollout.trajectory for group in groups for rollout in group.rollouts]
     conversations = [trajectory.conversation for trajectory in trajectories if trajectory.conversation is not None]
     if not conversations:
@@ -143,9 +146,9 @@ def _conversation_metrics(groups: Sequence[Group], has_tools: bool) -> dict[str,
 
 
 def _agent_metrics(talks: Sequence[Trajectory]) -> dict[str, float]:
-    """What agents measured of their rollouts: the mean of those that told."""
-    told: dict[str, list[float]] = {}
+    """The values that agents reported about their rollouts, each averaged over the rollouts that reported it."""
+    reported: dict[str, list[float]] = {}
     for talk in talks:
         for name, value in measured(talk).items():
-            told.setdefault(name, []).append(value)
-    return {name: fmean(values) for name, values in told.items()}
+            reported.setdefault(name, []).append(value)
+    return {name: fmean(values) for name, values in reported.items()}

@@ -1,7 +1,7 @@
-"""Older groups, kept to be learnt from again where a step's own groups teach nothing: `rollout.reuse`.
+"""Older groups that are kept and replayed when groups of a step have no signal: `rollout.reuse`.
 
-Such experience replay is off-policy: the loss has the logprobs of the policy that sampled as the anchor of these rows
-(`Batch.stale`), so that ratios, bounds and corrections are to that policy.
+This experience replay is off-policy. The anchor of replayed rows is the logprobs of the policy that sampled them
+(`Batch.stale`), so ratios, clipping and corrections are relative to that policy.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from grpo.training.state import Arrays
 from grpo.types import Group
 
 TOKEN = 4 + 5
-"""Bytes of a token in a kept group: its id, and its characters in the text, which are five or so."""
+"""Bytes of a token in a kept group: 4 for its id, and about 5 for its characters in the text."""
 
 
 @dataclass(frozen=True, slots=True)
 class OlderGroups:
-    """The groups with signal of the last `most` steps, oldest first. A value: a step makes the next from it.
+    """The groups with a signal from the last `most` steps, oldest first. Immutable: each step makes a new one.
 
-    All processes of a run hold the same, because they hold the same groups after scoring. Every group is replayed at
-    most once in a step, and so `most` times in all.
+    All processes of a run have the same groups, because they have the same groups after scoring. Every group is
+    replayed at most once in a step, and so at most `most` times in all.
     """
 
     most: int
     kept: tuple[OlderGroup, ...] = ()
 
     def replayed(self, missing: int, step: int) -> tuple[list[Group], OlderGroups]:
-        """At most `missing` groups for step `step`, each with its `lag`, and what is kept with these counted.
+        """Up to `missing` groups to replay in step `step`, each with its `lag`, and the kept groups with new counts.
 
-        Those that were replayed least often come first, and of these the newest.
+        Groups that were replayed least often come first; among equals, the newest.
         """
         order = sorted(range(len(self.kept)), key=lambda place: (self.kept[place].replays, -place))
         chosen, counted = order[:missing], list(self.kept)
@@ -48,28 +48,29 @@ class OlderGroups:
         return again, replace(self, kept=tuple(counted))
 
     def after(self, step: int, groups: Iterable[Group]) -> OlderGroups:
-        """What is kept after step `step`, which sampled these `groups` with signal: none too old for the next step.
+        """The groups to keep after step `step`, which sampled these `groups` with a signal. Drops groups that are too
+        old for the next step.
 
-        A group whose sampler gave NaN for a token is not kept: a stale row has no other anchor.
+        A group with a NaN logprob is not kept, because replayed rows have no other anchor.
         """
-        oldest = step - self.most  # of policies: the next step learns with the policy after `step` steps
+        oldest = step - self.most  # oldest policy step: the next step begins with the policy after `step` steps
         recent = [one for one in self.kept if one.policy_step >= oldest]
         fresh = [OlderGroup.of(group) for group in groups if _has_anchor(group)] if self.most else []
         return replace(self, kept=(*recent, *fresh))
 
     def arrays(self) -> dict[str, mx.array]:
-        """All of it for a checkpoint, to the bit; none if nothing is kept."""
+        """The kept groups as arrays for a checkpoint, bit for bit; no arrays if no groups are kept."""
         return pack(self.kept)
 
     def loaded(self, arrays: Arrays) -> OlderGroups:
-        """The same from `arrays`; nothing is kept if there are none."""
+        """The inverse of `arrays`: keeps the groups in `arrays`, or none if it is empty."""
         return replace(self, kept=unpack(arrays))
 
 
 def bytes_kept(rollout: RolloutConfig, steps: int, prompt: int, length: int) -> int:
-    """Bytes that a run of so many steps keeps at most, with prompts of `prompt` tokens and completions of `length`.
+    """Maximum bytes of the groups that a run keeps, with prompts of `prompt` and completions of `length` tokens.
 
-    Counted without the dataset's columns. A filter, such as top_p, gives tokens one more column.
+    The dataset's columns are not counted. A sampling filter, such as top_p, adds a column per token.
     """
     columns = 1 + sampling_of(rollout).reshaped
     of_group = TOKEN * prompt + rollout.num_generations * length * (TOKEN + 1 + 4 * columns)
@@ -77,7 +78,7 @@ def bytes_kept(rollout: RolloutConfig, steps: int, prompt: int, length: int) -> 
 
 
 def lagging(group: Group, step: int) -> Group:
-    """The group as step `step` learns from it, whose policy has made `step - 1` steps."""
+    """The group with the `lag` of its completions at step `step`, whose policy has made `step - 1` steps."""
     rollouts = (replace(one, lag=step - 1 - cast(int, one.trajectory.policy_step)) for one in group.rollouts)
     return replace(group, rollouts=tuple(rollouts))
 
@@ -87,12 +88,12 @@ def _replayed(group: Group) -> Group:
 
 
 def lag_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """How old the groups that a step learns from are: mean and maximum over completions, in steps."""
+    """The age of the groups that a step learns from: mean and maximum lag over completions, in steps."""
     lags = [rollout.lag for group in groups for rollout in group.rollouts]
     return {"policy_lag/mean": fmean(lags), "policy_lag/max": float(max(lags))}
 
 
 def _has_anchor(group: Group) -> bool:
-    """Whether the policy that sampled gave a number for every trained token."""
+    """Whether every trained token has a finite logprob from the sampling policy."""
     trajectories = (rollout.trajectory for rollout in group.rollouts)
     return all(math.isfinite(p) for each in trajectories for p in each.of_trained(each.behaviour or ()))

@@ -1,5 +1,4 @@
-"""The optimizer: one of MLX's by its name, with float32 weights and, unless they are to be in 8 bits, float32 moments,
-whatever the model's dtype is."""
+"""The optimizer: one of MLX's, with float32 weights and moments (or moments in 8 bits), whatever the model's dtype."""
 
 from __future__ import annotations
 
@@ -31,38 +30,41 @@ ByPath = dict[str, Any]
 """Arrays by path or name."""
 
 GROUP = 2**22
-"""Numbers that move together: 16 MB of each kind of array. A LoRA is a few groups, whole weights are hundreds."""
+"""Parameters per group, which are updated together: 16 MB of each kind of array. A LoRA makes a few groups, full
+weights make hundreds."""
 TOGETHER = 2**14
-"""The same for small arrays on a CPU, which waits for no launches: four arrays of 1 MB took 3.0 ms one by one, with 4
-MB at work, and 8.0 ms together, with 17 MB at work."""
+"""The same for small arrays on a CPU, where launches cost nothing. Four arrays of 1 MB took 3.0 ms one by one, with
+4 MB of temporary memory, and 8.0 ms together, with 17 MB."""
 AT_WORK = {"muon": 80, "adadelta": 24, "rmsprop": 12, "adagrad": 12}
+"""Maximum bytes of temporary memory per parameter of a group during its update, measured on a CPU, by optimizer."""
 MOST_AT_WORK, MOST_IN_FLIGHT = 16, 28
-"""Bytes for each number of a group while it moves, at most, as measured on a CPU, of optimizers that `AT_WORK` does not
-name. Where more operations are in flight, on a GPU or where moments are packed, no fewer than `MOST_IN_FLIGHT`."""
+"""The same for optimizers that `AT_WORK` does not list, and the least to assume if more operations are in flight: on a
+GPU, or if moments are packed."""
 PACKING = 27
-"""The same for each moment that is packed into 8 bits on the way, besides. On a CPU 51 were seen in all with one
-moment, at most, and 82 with two."""
+"""Additional bytes per parameter for each moment that is packed into 8 bits. Measured on a CPU: up to 51 bytes in all
+with one moment, and up to 82 with two."""
 IN_PARTS = 12
-"""The same for the parts of a large array, whose memory the new numbers cannot take before they are computed."""
+"""Additional bytes per parameter for parts of a large array: new numbers need their own memory until they are complete.
+"""
 WHOLE = frozenset({"adafactor", "muon"})
-"""Optimizers that look at rows and columns, and so at whole arrays; all others at each number by itself."""
+"""Optimizers that use rows and columns, and so need whole arrays. All others are elementwise."""
 OWN, PRECISE, WEIGHT = "own", "precise", "weight"
 
 
 class Float32Optimizer:
-    """An optimizer that moves float32 copies of the parameters that are not float32, and rounds them into the model.
+    """An optimizer that updates float32 copies of the parameters that are not float32, and rounds them into the model.
 
-    In bfloat16 an update of less than 1/256 of a weight is lost; the copies add such updates up.
+    In bfloat16 an update of less than 1/256 of a weight is lost by rounding; the copies accumulate small updates.
 
-    Parameters move in groups, each computed before the next begins, and nothing here refers to what a group's arrays
-    were before: MLX writes the new ones over the old ones. So a step holds one set of weights, copies and moments
-    (16 bytes a parameter for AdamW in float32, gradients included; 18 in bfloat16), not two. Where somebody holds what
-    was before, as a run does with an adapter (`Trainer.wholly`), that is there besides.
+    Parameters are updated in groups, each computed before the next. The optimizer keeps no reference to a group's old
+    arrays, so MLX writes the new arrays over them. A step therefore needs one set of weights, copies and moments (16
+    bytes per parameter for AdamW in float32, gradients included; 18 in bfloat16), not two. If the caller keeps the old
+    arrays, as a run does with an adapter (`Trainer.wholly`), they need memory in addition.
 
-    With `moments: int8` moments are packed in 8 bits between steps (10 and 12 bytes a parameter for AdamW), and only
-    those of the group at work are float32.
+    With `moments: int8`, moments are packed into 8 bits between steps (10 and 12 bytes per parameter for AdamW), and
+    only the moments of the current group are float32.
 
-    A parameter that is larger than a group moves in parts, each written into the parameter's own memory.
+    A parameter that is larger than a group is updated in parts, each written into the parameter's own memory.
     """
 
     def __init__(self, cfg: OptimConfig, parameters: Any) -> None:
@@ -75,7 +77,7 @@ class Float32Optimizer:
         self._shared = self._optimizer.state
         empty = [packed(own, large(own, self._maps), self._shared["step"]) for own in self._shared.pop(OWN)]
         self._own: dict[str, ByPath] = dict(zip(flat, empty, strict=True))
-        self._step = compiled(self._stepped) if cfg.compile else self._stepped  # a kernel an array, not fifteen
+        self._step = compiled(self._stepped) if cfg.compile else self._stepped  # one kernel per array, not fifteen
 
     @property
     def learning_rate(self) -> Any:
@@ -87,14 +89,14 @@ class Float32Optimizer:
 
     @property
     def note(self) -> str | None:
-        """What to say where moments are to be in 8 bits and none is, because everything that trains is small."""
+        """A note for `moments: int8` if no moment is in 8 bits, because all trained arrays are too small; else None."""
         if not self._maps or any(those_packed(own, self._maps) for own in self._own.values()):
             return None
-        return f"optim.moments: int8 does nothing here: every array that trains has fewer than {SMALLEST:,} numbers"
+        return f"optim.moments: int8 does nothing here: every trained array has fewer than {SMALLEST:,} numbers"
 
     @property
     def state(self) -> dict[str, Any]:
-        """All that is needed to go on: moments, step, and the float32 copies where there are any."""
+        """The optimizer's whole state: moments, step, learning rate, and the float32 copies if there are any."""
         flat = dict(self._shared)
         for path, arrays in self._own.items():
             flat.update({f"{path}.{name}": array for name, array in arrays.items()})
@@ -111,10 +113,10 @@ class Float32Optimizer:
             self._precise = {path: flat[f"{PRECISE}.{path}"] for path in self._precise}
 
     def update(self, model: nn.Module, gradients: ByPath, scale: mx.array | float = 1.0) -> None:
-        """One step on the model's trainable parameters, computed when this returns.
+        """Make one step on the model's trainable parameters. The new values are computed when this returns.
 
-        gradients: float32, by the parameters' paths; each is multiplied by `scale`. The dictionary is emptied on the
-        way, so that gradients which nobody else holds make room as they are used.
+        gradients: float32, by path of the parameter; each is multiplied by `scale`. Empties the dictionary as it goes,
+        so that the memory of gradients without other references is reused.
         """
         shared = self._shared
         factors = self._optimizer.factors(shared) if hasattr(self._optimizer, "factors") else {}
@@ -123,7 +125,7 @@ class Float32Optimizer:
             self._move(model, mine, scale, shared | factors)
 
     def _move(self, model: nn.Module, gradients: ByPath, scale: mx.array | float, shared: ByPath) -> None:
-        """Move a group, or a parameter that is larger than one. Empties `gradients`."""
+        """Update a group, or a single parameter that is larger than a group. Empties `gradients`."""
         path = next(iter(gradients))
         if self._name not in WHOLE and gradients[path].size > numbers_at_once(self._maps):
             self._move_in_place(model, path, gradients.pop(path), scale, shared)
@@ -133,7 +135,7 @@ class Float32Optimizer:
     def _moved_together(
         self, model: nn.Module, gradients: ByPath, scale: mx.array | float, shared: ByPath
     ) -> list[Any]:
-        """Put what a group becomes in the place of what it is, and return that, not yet computed."""
+        """Replace a group's parameters, copies and state with the updated ones. Returns these, not yet computed."""
         paths = list(gradients)
         parameters: ByPath = tree_flatten(model.trainable_parameters(), destination={})
         old = [parameters[path] for path in paths]
@@ -151,7 +153,7 @@ class Float32Optimizer:
     def _move_in_place(
         self, model: nn.Module, path: str, gradient: mx.array, scale: mx.array | float, shared: ByPath
     ) -> None:
-        """Move a parameter that is larger than a group, part by part. The model lacks it meanwhile."""
+        """Update a parameter that is larger than a group, part by part. Meanwhile, the model has a placeholder."""
         held: ByPath = {**self._own.pop(path), WEIGHT: tree_flatten(model.trainable_parameters(), destination={})[path]}
         if self._precise is not None:
             held[PRECISE] = self._precise.pop(path)
@@ -168,7 +170,7 @@ class Float32Optimizer:
             self._own[path] = held
 
     def _moved(self, gradient: mx.array, scale: mx.array | float, part: ByPath, shared: ByPath) -> ByPath:
-        """What a part of a parameter and of its state becomes, computed."""
+        """A part of a parameter and of its state after the update, computed."""
         weight = part.pop(WEIGHT)
         precise = part.pop(PRECISE, weight)
         moved, rounded, state = self._step([gradient], scale, [precise], [weight], {**shared, OWN: [part]})
@@ -178,10 +180,11 @@ class Float32Optimizer:
         return {**own, WEIGHT: rounded[0], **({} if self._precise is None else {PRECISE: moved[0]})}
 
     def _stepped(self, gradients: Any, scale: Any, precise: Any, parameters: Any, state: Any) -> tuple[Any, Any, Any]:
-        """What parameters become, rounded and not, and the optimizer's state, as functions of nothing else."""
+        """The updated parameters in float32, the same rounded, and the optimizer's new state. A pure function of its
+        arguments, so that it can be compiled."""
         coarse = state[OWN]
         own = [unpacked(one, self._maps) for one in coarse]
-        self._optimizer.state = {**state, OWN: own}  # dictionaries of its own, to be written into
+        self._optimizer.state = {**state, OWN: own}  # new dictionaries, because the optimizer writes into them
         scaled = {OWN: [gradient * scale for gradient in gradients]}
         moved = self._optimizer.apply_gradients(scaled, {OWN: precise})[OWN]
         state, self._optimizer.state = self._optimizer.state, {}
@@ -190,24 +193,24 @@ class Float32Optimizer:
         return moved, [new.astype(old.dtype) for new, old in zip(moved, parameters, strict=True)], state
 
     def fitted(self, saved: Mapping[str, mx.array]) -> ByPath:
-        """A saved state, flat, with its moments in the form in which this optimizer keeps them.
+        """A saved state, flat, with its moments converted to this optimizer's form (float32 or 8 bits).
 
-        So a run may go on with other `moments`. What is no state of such an optimizer comes back as it is.
+        So a run may resume with different `moments`. The state of a different optimizer is returned unchanged.
         """
         fitted = dict(saved)
         for path, own in self._own.items():
-            theirs = {key: fitted.pop(f"{path}.{key}") for key in forms_of(own) if f"{path}.{key}" in fitted}
-            other_form = theirs.keys() != own.keys() and names_of(theirs) == names_of(own)
+            arrays = {key: fitted.pop(f"{path}.{key}") for key in forms_of(own) if f"{path}.{key}" in fitted}
+            other_form = arrays.keys() != own.keys() and names_of(arrays) == names_of(own)
             if other_form and "step" in saved:
-                theirs = packed(unpacked(theirs, MAPS[self._name]), those_packed(own, self._maps), saved["step"])
-            fitted.update({f"{path}.{key}": array for key, array in theirs.items()})
+                arrays = packed(unpacked(arrays, MAPS[self._name]), those_packed(own, self._maps), saved["step"])
+            fitted.update({f"{path}.{key}": array for key, array in arrays.items()})
         return fitted
 
 
 def grouped(arrays: Mapping[str, mx.array], numbers: int | None = None) -> list[list[str]]:
-    """Paths in their order, in groups whose arrays have so many `numbers` at most, or are a single larger array.
+    """Paths in order, in groups whose arrays have at most `numbers` numbers in all (None: `GROUP`).
 
-    None: `GROUP`.
+    A larger array is a group of its own.
     """
     most, room = numbers or GROUP, 0
     groups: list[list[str]] = []
@@ -221,19 +224,20 @@ def grouped(arrays: Mapping[str, mx.array], numbers: int | None = None) -> list[
 
 
 def numbers_at_once(maps: Mapping[str, Map]) -> int:
-    """The numbers of a group: half as many where moments are packed, which takes more for each."""
+    """The maximum size of a group: half of `GROUP` if moments are packed, because packing needs more memory."""
     return GROUP // 2 if maps else GROUP
 
 
 def together(maps: Mapping[str, Map], gpu: bool) -> int:
-    """The numbers of small arrays that move together."""
+    """The maximum size of a group of several small arrays."""
     return numbers_at_once(maps) if gpu else min(TOGETHER, numbers_at_once(maps))
 
 
 def bytes_of_a_group(cfg: OptimConfig, parameters: Any, gpu: bool) -> int:
-    """What a step holds beside gradients, weights and state: for its largest group. `gpu`: whether a GPU moves it.
+    """Bytes that a step needs besides gradients, weights and state: those of its largest group. `gpu`: whether it runs
+    on a GPU.
 
-    A parameter that moves in parts may have to be copied first, where decoding has joined it to others.
+    A parameter that is updated in parts may have to be copied first, if decoding has joined it with others.
     """
     flat: ByPath = tree_flatten(parameters, destination={})
     maps = maps_of(cfg)

@@ -1,4 +1,4 @@
-"""Which rows go through the model together: micro-batches by tokens, of few shapes."""
+"""Packs rows into micro-batches by number of tokens, with few different shapes."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from grpo.types import Rollout, Task
 Sample = tuple[Task, Rollout]
 
 GPU_MULTIPLE = 128
-"""Lengths on a GPU are multiples of this: the update is compiled once for each shape, and CUDA's fused attention has a
-backward pass for such lengths alone."""
+"""Lengths on a GPU are multiples of this, because the update is compiled once for each shape, and because CUDA's fused
+attention has a backward pass only for such lengths."""
 WIDE = 4096
-"""The widest lines on CUDA, unless a longer row needs wider ones. There attention keeps no scores; elsewhere lines are
-as narrow as the longest row allows, because scores take memory. Rows that need more places than this may stand in lines
-of their own, without a mask."""
+"""The maximum width of lines on CUDA, unless a longer row needs more. There attention stores no scores. Elsewhere
+scores take memory, so lines are only as wide as the longest row. A row longer than this may have a line of its own,
+without a mask."""
 WIDEST = 2 * WIDE
-"""The widest lines of several rows: their mask takes memory by the square of the width, 200 MB here."""
+"""The maximum width of lines with several rows: their mask takes memory by the square of the width, 200 MB here."""
 FINE, FINEST = 8, 64
-"""From so many multiples on, lines come in more widths, and from so many on lengths and widths come in eighths of a
-power of two: what is a third longer than its longest row wastes more than another shape costs."""
+"""Above FINE multiples, line widths come in finer steps; above FINEST, lengths and widths come in eighths of a power of
+two. A width a third longer than its longest row wastes more than another shape costs."""
 KEYS = 8192
-"""A token that attends to so many keys costs twice a token that attends to none: fitted to an H200 (0.6B shape), where
-an update spends 22 µs on a token, and attention with a mask 25 ms on 16,384 tokens of 16,384 keys in each layer."""
+"""The number of keys at which a token costs twice as much as a token without keys. Fitted to an H200 (0.6B shape),
+where an update takes 22 µs per token, and masked attention 25 ms per layer for 16,384 tokens with 16,384 keys each."""
 EACH = 1024
-"""Tokens that a micro-batch costs beside its own, for launches and small products."""
+"""The fixed cost of a micro-batch, in tokens: launches and small products."""
 
 
 class Shape(NamedTuple):
-    """A micro-batch's shape, padding included: prompts × their length, and rows × their completions' length.
+    """A micro-batch's shape, padding included: prompts × prompt length, and rows × completion length.
 
-    With `lines`, prompts and completions go through the model behind one another, in so many lines of `width`, or each
-    completion `alone` in a line. The other sizes are then of the columns alone.
+    With `lines` above 0, prompts and completions are packed one after the other into that many lines of `width` tokens.
+    `alone`: each line has a single completion. The other sizes then describe only the per-token columns.
     """
 
     prompts: int
@@ -57,17 +57,18 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """The rule for shapes: at most `tokens` through the model (a single row apart) and `rows`, of groups of `group`.
+    """The rules for shapes of micro-batches.
 
-    With `shares` a prompt goes through once, else with each of its rows.
-
-    With a `multiple` above 1 there is one shape for each pair of padded lengths, so that their number is bounded:
-    lengths are padded to 1, 2, 3, 4, 6, 8, 12, …, 64, 72, 80, … times it, rows and prompts to what fills the tokens.
-
-    With `packs`, completions also stand behind one another in lines, where that costs less: as wide as the longest row
-    needs, or up to `wide`. All `parts` processes get micro-batches of the same shapes.
-
-    On a CPU `parts` counts what each process computes side by side, too (`grpo.training.lanes`).
+    tokens    maximum number of tokens that go through the model, unless a single row has more
+    rows      maximum number of rows
+    group     number of completions in a group
+    multiple  if above 1, lengths are padded to 1, 2, 3, 4, 6, 8, 12, …, 64, 72, 80, … times this, and rows and prompts
+              to what fills the tokens. There is one shape for each pair of padded lengths, so there are few shapes.
+    shares    whether a prompt goes through the model once for all its rows, or with each row
+    packs     whether completions may be packed into lines, where that costs less
+    wide      maximum width of lines, unless the longest row needs more
+    parts     number of processes that get micro-batches of the same shapes, times the number of micro-batches that a
+              CPU computes in parallel (`grpo.training.lanes`)
     """
 
     tokens: int
@@ -88,11 +89,11 @@ class Packing:
         gpu: bool | None = None,
         on_cuda: bool | None = None,
     ) -> Packing:
-        """The packing of a run whose `micro_batch_tokens` has been decided, into at least `parts` micro-batches.
+        """The packing of a run, into at least `parts` micro-batches. `micro_batch_tokens` must not be `auto`.
 
-        `gpu`, `on_cuda`: whether it is for a GPU, and for one of CUDA; None: whether this machine computes on one.
+        `gpu`, `on_cuda`: whether it is for a GPU, and for a CUDA GPU (None: as this machine has).
         """
-        assert optim.micro_batch_tokens != "auto", "the plan decides this before a batch is made"
+        assert optim.micro_batch_tokens != "auto", "the plan chooses this value before any batch is made"
         rows = rollout.prompts_per_step * rollout.num_generations // optim.num_minibatches
         gpu = on_gpu() if gpu is None else gpu
         return cls(
@@ -107,7 +108,7 @@ class Packing:
         )
 
     def shape(self, prompts: int, rows: int, prompt_length: int, length: int) -> Shape | None:
-        """The shape of a micro-batch with so many prompts and rows of up to these lengths; None if it is too large."""
+        """The shape for these numbers of prompts and rows, of up to these lengths; None if it is too large."""
         if self.multiple == 1:
             shape = Shape(prompts, prompt_length, rows, length)
             return shape if rows == 1 or (self.through(shape) <= self.tokens and rows <= self.rows) else None
@@ -126,7 +127,7 @@ class Packing:
         return shape.rows * (shape.prompt_length + shape.length)
 
     def cost(self, shapes: Sequence[Shape]) -> float:
-        """What micro-batches of these shapes cost, in tokens that attend to nothing."""
+        """The cost of micro-batches of these shapes, in units of a token without attention."""
         return sum(self._cost(shape) for shape in shapes)
 
     def _cost(self, shape: Shape) -> float:
@@ -136,33 +137,33 @@ class Packing:
         if not self.shares:
             return EACH + _attending(shape.rows * keys, keys)
         prompts = _attending(shape.prompts * shape.prompt_length, shape.prompt_length)
-        return 2 * EACH + prompts + _attending(shape.rows * shape.length, keys)  # two passes
+        return 2 * EACH + prompts + _attending(shape.rows * shape.length, keys)  # separate passes for both
 
     def widths(self, longest: int) -> list[int]:
-        """Widths to try for lines of several rows, the longest of which needs so many places."""
+        """Widths to try for lines with several rows, if the longest row has `longest` tokens."""
         wider = (self.multiple << power for power in range(self.wide.bit_length()))
         least = self.width(longest)
         found = [least, *(width for width in wider if least < width <= min(self.wide, self.tokens))]
         return [width for width in found if width <= WIDEST]
 
     def width(self, longest: int) -> int:
-        """The width of lines of which the longest row needs so many places, if none is wasted."""
+        """The smallest width of lines for a longest row of `longest` tokens."""
         least = self._padded(longest)
-        if least > FINE * self.multiple:  # in quarters of a power of two, and not in halves
+        if least > FINE * self.multiple:  # quarters of a power of two (eighths above FINEST), not halves
             units = -(-longest // self.multiple)
             step = self.multiple * largest_power_of_two(units) // (8 if units > FINEST else 4)
             least = -(-longest // step) * step
         return least
 
     def shape_of_lines(self, lines: int, width: int, rows: int) -> Shape:
-        """The shape of a micro-batch of so many lines with so many rows."""
+        """The shape of a micro-batch of `lines` lines that hold `rows` rows."""
         fitting = lines * max(1, width // SHORTEST)
         usual = 1 << max(0, self.rows * self.parts - 1).bit_length()
         columns = min(fitting, usual) if rows <= usual else fitting
         return Shape(columns, width, columns, width, lines, width)
 
     def shape_of_rows(self, lines: int, width: int) -> Shape:
-        """The shape of a micro-batch of so many rows, each in a line of its own."""
+        """The shape of a micro-batch of `lines` lines that hold one row each."""
         return Shape(lines, width, lines, width, lines, width, alone=True)
 
     def _padded(self, length: int) -> int:
@@ -174,17 +175,17 @@ class Packing:
 
 
 def pack(rows: Sequence[Sample], packing: Packing) -> list[tuple[list[int], Shape]]:
-    """Micro-batches as positions in `rows`, with their shapes.
+    """Divide rows into micro-batches: positions in `rows`, with the shape of each micro-batch.
 
-    Rows are taken from the longest to the shortest, group by group or all together, whichever costs less: groups share
-    prompts, and equal lengths share padding. Or completions stand behind one another, where that costs less still. What
-    does not fit into a line with others may have a line of its own, and the longest completions always have.
+    It chooses the cheapest of several ways. Rows are ordered from longest to shortest, group by group (which shares
+    prompts) or all together (which saves padding). With `packing.packs`, completions may also be packed into lines:
+    then rows longer than WIDE may have lines of their own, and completions longer than WIDE always do.
     """
     if not packing.packs:
         return _together(rows, packing)
     places = [room(task.prompt_ids, rollout.trajectory.token_ids) for task, rollout in rows]
     lengths = [_length(rollout) for _, rollout in rows]
-    alone = {tuple(size > WIDE for size in sizes) for sizes in (lengths, places)}  # one way where no row is long
+    alone = {tuple(size > WIDE for size in sizes) for sizes in (lengths, places)}  # a single way if no row is long
     ways = [_with_some_alone(rows, places, single, packing) for single in sorted(alone)]
     return min(ways, key=lambda parts: packing.cost([shape for _, shape in parts]))
 
@@ -192,7 +193,7 @@ def pack(rows: Sequence[Sample], packing: Packing) -> list[tuple[list[int], Shap
 def _with_some_alone(
     rows: Sequence[Sample], places: Sequence[int], alone: Sequence[bool], packing: Packing
 ) -> list[tuple[list[int], Shape]]:
-    """Some rows in lines of their own, and behind these the others in the cheapest way: in lines, or none in lines."""
+    """Micro-batches with some rows in lines of their own, followed by the other rows in the cheapest way."""
     apart = sorted((n for n, single in enumerate(alone) if single), key=lambda n: -places[n])
     rest = [n for n, single in enumerate(alone) if not single]
     others = [([rest[n] for n in held], shape) for held, shape in _together([rows[n] for n in rest], packing)]
@@ -200,7 +201,7 @@ def _with_some_alone(
 
 
 def _together(rows: Sequence[Sample], packing: Packing) -> list[tuple[list[int], Shape]]:
-    """The cheapest of the ways in which no row has a line of its own."""
+    """The cheapest way in which no row has a line of its own."""
     longest: dict[tuple[int, ...], int] = {}
     for task, rollout in rows:
         longest[task.prompt_ids] = max(longest.get(task.prompt_ids, 0), _length(rollout))
@@ -220,8 +221,8 @@ def _together(rows: Sequence[Sample], packing: Packing) -> list[tuple[list[int],
 
 
 def _one_by_one(order: Sequence[int], places: Sequence[int], packing: Packing) -> list[tuple[list[int], Shape]]:
-    """Rows in lines of their own, in this order, from the row that needs the most places on. Processes that compute
-    side by side have the same shapes."""
+    """Micro-batches with each row in a line of its own, in this order (longest first). Processes that compute in
+    parallel get the same shapes."""
     made, begun = list[tuple[list[int], Shape]](), 0
     while begun < len(order):
         width = packing.width(places[order[begun]])
@@ -235,7 +236,7 @@ def _one_by_one(order: Sequence[int], places: Sequence[int], packing: Packing) -
 
 
 def _balanced(rows: Sequence[Sample], order: Sequence[int], packing: Packing) -> list[tuple[list[int], Shape]]:
-    """As few micro-batches as fit. Where there is no padding to few shapes, `packing.parts` get about as many rows."""
+    """As few micro-batches as possible. Without padding to few shapes, all `packing.parts` get about as many rows."""
     made = _in_order(rows, order, packing)
     if packing.parts == 1 or packing.multiple > 1 or not rows:
         return made
@@ -244,7 +245,7 @@ def _balanced(rows: Sequence[Sample], order: Sequence[int], packing: Packing) ->
 
 
 def _packed_in_lines(rows: Sequence[Sample], width: int, packing: Packing) -> list[tuple[list[int], Shape]]:
-    """Micro-batches of lines. With several processes each has the same shapes, as far as there are lines."""
+    """Micro-batches of packed lines. Several processes get the same shapes, as far as there are lines."""
     lines = filled([(task.prompt_ids, _length(rollout)) for task, rollout in rows], width)
     made, begun = [], 0
     for portion in portions(-(-len(lines) // packing.parts), most_lines(packing.tokens, width), EACH / width):

@@ -1,4 +1,4 @@
-"""Passes over a step's minibatches, made before its updates: each adds a column to the batches or changes weights.
+"""Passes over a step's minibatches before its updates: each pass adds a column to the batches or changes weights.
 
 To add a pass, write a function `(policy, minibatches, settings) -> minibatches` and give it a row in `PASSES`.
 """
@@ -26,8 +26,8 @@ from grpo.types import Batch
 
 @dataclass(frozen=True, slots=True)
 class PassSettings:
-    """What the passes depend on. `dropout`: whether the update applies dropout to the adapter's inputs. `teacher`: None
-    for a run without one."""
+    """Settings of the passes. `dropout`: whether the update applies dropout to the adapter's inputs. `teacher`: None
+    for a run without a teacher."""
 
     loss: LossConfig
     dropout: bool = False
@@ -43,7 +43,7 @@ Pass = Callable[[Policy, Sequence[MiniBatch]], list[MiniBatch]]
 
 
 def passes_of(settings: PassSettings) -> list[Pass]:
-    """The passes that every step of a run makes, in order. Each raises RunError for a result of another shape."""
+    """The passes that every step of a run makes, in order. A pass raises RunError if its result has a wrong shape."""
 
     def bound(enrich: Enrich) -> Pass:
         def made(policy: Policy, minibatches: Sequence[MiniBatch]) -> list[MiniBatch]:
@@ -55,29 +55,29 @@ def passes_of(settings: PassSettings) -> list[Pass]:
 
 
 def _checked(made: Any, number: int, enrich: Enrich) -> list[MiniBatch]:
-    """What a pass has made of `number` minibatches: as many lists of batches, whose columns are all `[B, T]`."""
+    """The result of a pass, checked: `number` lists of batches, whose per-token columns are all `[B, T]`."""
     name = getattr(enrich, "__name__", type(enrich).__name__)
     if not isinstance(made, list) or len(made) != number or not all(isinstance(batches, list) for batches in made):
         got = f"{len(made)} of them" if isinstance(made, list) and len(made) != number else f"{made!r:.60}"
-        raise RunError(f"pass {name}: it must return {number} minibatches, each a list of batches, and returned {got}")
+        raise RunError(f"pass {name}: it must return {number} minibatches, each a list of batches; it returned {got}")
     for batch in (batch for batches in made for batch in batches):
         if not isinstance(batch, Batch):
-            raise RunError(f"pass {name}: a minibatch is a list of grpo.Batch, and holds {batch!r:.60}")
+            raise RunError(f"pass {name}: a minibatch must be a list of grpo.Batch; it contains {batch!r:.60}")
         for column, array in batch.arrays().items():
             if column in _OF_TOKENS and array.shape != batch.token_ids.shape:
                 raise RunError(
-                    f"pass {name}: its column {column} has shape {array.shape}, and this batch's columns have "
-                    f"{batch.token_ids.shape}: one value for each token"
+                    f"pass {name}: its column {column} has shape {array.shape}, but needs the shape of the batch's "
+                    f"tokens, {batch.token_ids.shape}: one value for each token"
                 )
     return made
 
 
 def with_top_entropy(policy: Policy, minibatches: Sequence[MiniBatch], settings: PassSettings) -> list[MiniBatch]:
-    """Keep weight only on the tokens of highest entropy, out of all trained tokens of the step (arXiv 2506.01939).
+    """Keep weight only on the trained tokens of the step with the highest entropy (arXiv 2506.01939).
 
-    The number of completions in the denominators stays what `make_batches` counted. `trained` stays too, so that
-    sequence ratios and metrics still cover whole completions. Each process looks at its own share, and all agree on the
-    lowest entropy that counts.
+    The number of completions in the denominators stays as `make_batches` counted it. `trained` stays too, so that
+    sequence ratios and metrics still cover whole completions. Each process measures its own share, and all processes
+    use the same threshold.
     """
     entropies = [
         [entropies for _, entropies in forced_each_with_entropies(policy, batches, settings.ranks)]
@@ -98,7 +98,7 @@ def with_top_entropy(policy: Policy, minibatches: Sequence[MiniBatch], settings:
 
 
 def shared(policy: Policy, minibatches: Sequence[MiniBatch], settings: PassSettings) -> list[MiniBatch]:
-    """Keep this rank's share of every minibatch, which is all that the passes behind this one look at."""
+    """Keep only this rank's share of every minibatch for the following passes."""
     del policy
     return [settings.ranks.share(batches) for batches in minibatches]
 
@@ -115,17 +115,17 @@ def with_reference(policy: Policy, minibatches: Sequence[MiniBatch], settings: P
 
 
 def with_teacher(policy: Policy, minibatches: Sequence[MiniBatch], settings: PassSettings) -> list[MiniBatch]:
-    """Add what the teacher says of the batches' tokens: the column `teacher` and its advantages, or what the loss needs
-    for the KL over its vocabulary."""
-    assert settings.teacher is not None, "by the pass's condition"
+    """Add the teacher's values for the batches' tokens: the column `teacher` and its advantages, or what the loss needs
+    for a KL over the vocabulary."""
+    assert settings.teacher is not None, "the pass's condition ensures this"
     return [settings.teacher.teach(policy, batches, settings.ranks) for batches in minibatches]
 
 
 def with_anchor(policy: Policy, minibatches: Sequence[MiniBatch], settings: PassSettings) -> list[MiniBatch]:
-    """Add the column `anchor`: logprobs under the policy as it is before the step's first update.
+    """Add the column `anchor`: logprobs under the policy before the step's first update.
 
-    The first minibatch needs no pass, since its own update starts from that policy and computes the same logprobs.
-    With dropout the update computes other logprobs and entropies, so every minibatch gets `anchor` and `entropies`
+    The first minibatch needs no pass, because its own update starts from that policy and computes the same logprobs.
+    With dropout the update computes different logprobs and entropies, so every minibatch gets `anchor` and `entropies`
     from a pass without dropout.
     """
     if settings.dropout:
@@ -146,7 +146,7 @@ def with_anchor(policy: Policy, minibatches: Sequence[MiniBatch], settings: Pass
 def _with(
     measure: Callable[[Policy, MiniBatch, Ranks], list[Found]], policy: Policy, batches: MiniBatch, to: PassSettings
 ) -> Iterator[tuple[Batch, Found]]:
-    """Each batch with what was measured of it."""
+    """Each batch with its measurement."""
     return zip(batches, measure(policy, batches, to.ranks), strict=True)
 
 
@@ -157,7 +157,7 @@ PASSES: list[tuple[Condition, Enrich]] = [
     (lambda settings: settings.teacher is not None, with_teacher),
     (lambda _: True, with_anchor),
 ]
-"""The condition of each pass, and the pass, in the order in which a step makes them."""
+"""The condition of each pass, and the pass, in the order of a step."""
 
 
 def _with_weights(batches: MiniBatch, chosen: Sequence[mx.array], settings: PassSettings) -> MiniBatch:

@@ -1,4 +1,4 @@
-"""Penalties on rewards, subtracted before advantages: for length near the limit, and for KL from the reference."""
+"""Penalties that are subtracted from rewards before advantages: for length, and for KL to the reference."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def with_penalties(
 ) -> tuple[list[Group], dict[str, float]]:
     """The groups with `penalty` set in their rollouts, and its metrics; unchanged if no penalty is configured.
 
-    `cache` is `advantage.soft_overlong_cache`: the penalty on length begins this many tokens before `longest`, the
-    limit on a completion. `beta` weighs the KL that `loss.kl_in: reward` subtracts. The metrics are the mean penalty
-    of those that are not replayed, and the mean KL. This is no pass of `passes.py`, because it needs groups, before
-    there are batches.
+    `cache` is `advantage.soft_overlong_cache`: the length penalty begins this many tokens before `longest`, the limit
+    on a completion. `beta` is the weight of the KL with `loss.kl_in: reward`. The metrics are the mean penalty of
+    completions that are not replayed, and the mean KL. This is not one of the passes in `passes.py`, because it needs
+    groups, and passes get batches.
     """
     in_reward = gauges.loss.kl_in == "reward"
     if not in_reward and cache is None:

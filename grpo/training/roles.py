@@ -1,4 +1,4 @@
-"""Which of several processes sample and which train, where these are not the same (`ranks`)."""
+"""Which of several processes sample and which train, if a run separates the two (`ranks`)."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from grpo.errors import UserError
 from grpo.training.optimizer import grouped
 
 AHEAD = -1
-"""What names the tickets of a step that is sampled ahead, where others have a process's number."""
+"""Marks the tickets of a step that is sampled ahead. Other tickets have the number of a process in its place."""
 WORD = 4
-"""Bytes of the integers that carry other numbers' bits."""
+"""Bytes of the integers that carry the bits of other numbers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Roles:
-    """What this process does of a run that samples and trains at the same time.
+    """The role of this process in a run that samples and trains at the same time.
 
-    The first processes train, so that the process that writes and saves is one of them; the others sample.
+    The first processes train, so that the process that logs and saves is one of them. The others sample.
 
     everyone   all processes of the run
-    learners   the processes that train; of use in these alone
-    samplers   how many processes sample
-    sampler    this process's number among them; None where it does not sample
+    learners   the processes that train; only they may use this
+    samplers   number of processes that sample
+    sampler    index of this process among the samplers; None if it does not sample
     trains     whether this process trains
     """
 
@@ -40,21 +40,21 @@ class Roles:
 
     @classmethod
     def alone(cls) -> Roles:
-        """All in this process, one after the other: the same numbers in more time."""
+        """The roles of a single process that samples and trains in turn. It computes the same numbers, more slowly."""
         return cls(Ranks(), Ranks(), 1, 0, True)
 
     @classmethod
     def of(cls, everyone: Ranks, cfg: RanksConfig) -> Roles:
         """The roles of launched processes.
 
-        Raises UserError where there are fewer or more of them than the recipe says, and where those that train cannot
-        be a group of their own.
+        Raises UserError if their number differs from the recipe's, or if the processes that train cannot form a
+        communication group.
         """
         if everyone.size != cfg.size:
-            there = "this is one process" if everyone.size == 1 else f"there are {everyone.size}"
+            found = "this is a single process" if everyone.size == 1 else f"{everyone.size} are running"
             raise UserError(
-                f"ranks: sample: {cfg.sample} and train: {cfg.train} are {cfg.size} processes, and {there}. Start them "
-                f"as mlx.launch -n {cfg.size} ... grpo train, or leave ranks out"
+                f"ranks: sample: {cfg.sample} and train: {cfg.train} need {cfg.size} processes, but {found}. Start "
+                f"them with mlx.launch -n {cfg.size} ... grpo train, or remove ranks"
             )
         trains = everyone.rank < cfg.train
         sampler = None if trains else everyone.rank - cfg.train
@@ -62,18 +62,18 @@ class Roles:
 
     @property
     def trainers(self) -> int:
-        """How many processes train."""
+        """The number of processes that train."""
         return max(1, self.everyone.size - self.samplers)
 
     @property
     def chief(self) -> bool:
-        """Whether this is the first of the processes that train: the others go by its arrays and counts."""
+        """Whether this is the first process that trains: all others take its arrays and counts."""
         return self.trains and self.everyone.rank == 0
 
     def deal(self, step: int, total: int, room: int) -> Deal:
-        """Which of the `total` tasks of a step this process samples, where each sampler has slots for `room` at once.
+        """Which of the `total` tasks of a step this process samples, if each sampler has slots for `room` tasks.
 
-        As among processes that do everything (`Deal.of`): those that do not fit are taken by ticket.
+        As in `Deal.of`, samplers take the tasks that do not fit by ticket.
         """
         share = [] if self.sampler is None else list(range(total)[self.sampler :: self.samplers])
         rounds = max(1, room)
@@ -84,10 +84,10 @@ class Roles:
         return Deal(share[:rounds], samplers, [AHEAD, step], total)
 
     def spread(self, arrays: Mapping[str, mx.array]) -> Iterator[dict[str, mx.array]]:
-        """The first trainer's arrays to the bit, in every process, some at a time. `arrays` are this process's.
+        """Yield the first trainer's arrays, exact to the bit, in every process, a few at a time.
 
-        They travel as integers in a sum to which the others add 0, because every backend of MLX has sums. Where -0.0
-        is added to 0.0 as numbers, its sign is lost.
+        `arrays` are this process's arrays. The values travel as integers, in a sum to which other processes add 0,
+        because every MLX backend has sums. A sum of floats would lose the sign of -0.0.
         """
         for dtype in dict.fromkeys(array.dtype for array in arrays.values()):
             alike = {path: array for path, array in arrays.items() if array.dtype == dtype}
@@ -108,7 +108,7 @@ class Roles:
 
 
 def _learners(everyone: Ranks, cfg: RanksConfig, trains: bool) -> Ranks:
-    """The processes that train. Splitting takes all processes, also those that are then of no use to each other."""
+    """The processes that train. All processes must take part in the split, also the samplers, which do not use it."""
     if cfg.train == 1:
         return Ranks(everyone=everyone)
     assert everyone.group is not None
@@ -116,8 +116,8 @@ def _learners(everyone: Ranks, cfg: RanksConfig, trains: bool) -> Ranks:
         group = everyone.group.split(0 if trains else 1)
     except RuntimeError as error:
         raise UserError(
-            f"ranks.train: {cfg.train} processes that train exchange gradients while the others sample, and this "
-            f"backend of MLX cannot make a group of them ({error}). Set ranks.train to 1, or start the processes by "
+            f"ranks.train: {cfg.train} processes that train exchange gradients while the others sample, but this "
+            f"MLX backend cannot make a group of them ({error}). Set ranks.train to 1, or start the processes with "
             "--backend nccl, mpi or jaccl"
         ) from error
     return Ranks(group, everyone)

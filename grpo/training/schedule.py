@@ -1,4 +1,4 @@
-"""What changes over a run, as pure functions of the step, so that a run resumed at a step has that step's."""
+"""Schedules as pure functions of the step, so that a resumed run has the same values at the same step."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from grpo.config import LossConfig, OptimConfig
 def learning_rate(cfg: OptimConfig, step: int) -> float:
     """The learning rate of `step` (from 1 to `cfg.steps`).
 
-    It rises linearly to `cfg.learning_rate` over `cfg.warmup` steps, then is constant or falls, on a line or half a
-    cosine, to reach 0 one step after the last: the decay of `get_linear_schedule_with_warmup` and its like in
-    transformers, which TRL uses. Their warm-up begins at 0, ours with the first fraction of the peak.
+    It rises linearly to `cfg.learning_rate` over `cfg.warmup` steps, then stays constant or decays, linearly or along
+    half a cosine, to 0 one step after the last. The decay is that of `get_linear_schedule_with_warmup` and related
+    functions in transformers, which TRL uses. Their warm-up starts at 0; this one starts at the first fraction of the
+    peak.
     """
     if step <= cfg.warmup:
         return cfg.learning_rate * step / cfg.warmup
@@ -27,7 +28,7 @@ def learning_rate(cfg: OptimConfig, step: int) -> float:
 
 
 def penalty_weight(cfg: LossConfig, steps: int, step: int) -> float:
-    """beta at `step` (from 1) of `steps`: `cfg.beta`, moving on a line to `cfg.beta_end` at the last step."""
+    """beta at `step` (from 1) of `steps`: `cfg.beta`, changing linearly to `cfg.beta_end` at the last step."""
     if cfg.beta_end is None:
         return cfg.beta
     progress = (step - 1) / max(1, steps - 1)

@@ -1,4 +1,4 @@
-"""Who teaches, and what a step's batches get from the teacher. The formulas are in `grpo.objective.teaching`."""
+"""The teacher, and the values that it adds to a step's batches. The formulas are in `grpo.objective.teaching`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from grpo.types import Batch, Group
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
-    """A teacher: the state `TEACHER` of the policy's own adapters, or a `second` model, which never changes."""
+    """A teacher: the state `TEACHER` of the policy's adapters, or a `second` model. It never changes."""
 
     cfg: TeacherConfig
     second: Policy | None = None
@@ -35,30 +35,31 @@ class Teacher:
 
     @property
     def packs(self) -> bool:
-        """Whether completions may go through it behind one another, wherever they may go so through the policy."""
+        """Whether the teacher can read packed lines of completions, if the policy can."""
         return self.second is None or self.second.packs
 
     @property
     def notes(self) -> list[str]:
-        """What there is to say of how a second model reads completions."""
+        """Notes on why a second model reads completions slowly."""
         slow = [] if self.second is None else self.second.slow
-        return [f"teacher: {why}" for why in slow if not why.startswith((KEEPS, ALL_TOKENS))]  # it has no backward pass
+        # KEEPS and ALL_TOKENS concern the backward pass, which a teacher does not have
+        return [f"teacher: {why}" for why in slow if not why.startswith((KEEPS, ALL_TOKENS))]
 
     @contextmanager
     def of(self, policy: Policy) -> Iterator[Policy]:
-        """The policy's teacher inside a `with` block. The policy is not to be used in it."""
+        """The teacher as a policy, for a `with` block. Do not use the policy itself in the block."""
         if self.second is not None:
-            self.second.logits = policy.logits  # as few at once as the plan has for the policy
+            self.second.logits = policy.logits  # the plan's limit on logits in memory holds for the teacher too
             yield self.second
             return
         with policy.use(TEACHER):
             yield policy
 
     def teach(self, policy: Policy, batches: Sequence[Batch], ranks: Ranks) -> list[Batch]:
-        """The batches with what the loss needs of the teacher, from one forward pass of it, without dropout.
+        """The batches with the teacher's values that the loss needs, from one forward pass of the teacher, no dropout.
 
-        `sampled`: the column `teacher`, and the advantages that it gives added to `advantages`. `exact`, `top_k`: the
-        fields `teacher_…` of `Batch`.
+        With `kl: sampled` they get the column `teacher`, and the teacher's advantages are added to `advantages`. With
+        `exact` and `top_k` they get the fields `teacher_…` of `Batch`.
         """
         vocabulary = policy.vocabulary
         with self.of(policy) as teacher:
@@ -80,7 +81,7 @@ class Teacher:
         return replace(batch, teacher=logprobs, advantages=mx.where(batch.trained > 0, advantages, 0.0))
 
     def _likeliest(self, teacher: Policy, hidden: mx.array, vocabulary: int) -> tuple[mx.array, ...]:
-        """The ids and logprobs that `likeliest` gives, `[B, T, …]`, by the teacher's hidden states."""
+        """The ids and logprobs that `likeliest` returns, `[B, T, …]`, from the teacher's hidden states."""
         head, chunk = _head(teacher), chunk_tokens(teacher.vocabulary, teacher.logits)
 
         def found(_: int, states: mx.array) -> tuple[mx.array, ...]:
@@ -93,10 +94,10 @@ class Teacher:
         return columns
 
     def beside(self, policy: Policy, batch: Batch) -> Beside:
-        """What a chunk of the policy's logits is compared with: its KL to the teacher, for `chunked_logprobs`."""
+        """A function for `chunked_logprobs` that returns the KL to the teacher for a chunk of the policy's logits."""
         if batch.teacher_hidden is None:
-            assert batch.teacher_ids is not None, "the pass of the teacher has given it"
-            assert batch.teacher_logprobs is not None, "with its logprobs"
+            assert batch.teacher_ids is not None, "the teacher's pass adds the ids"
+            assert batch.teacher_logprobs is not None, "the teacher's pass adds the logprobs"
             ids, logprobs = _flat(batch.teacher_ids), _flat(batch.teacher_logprobs)
             return lambda own, logits: top_k_kl(logits, ids[own], logprobs[own])
         states, teacher = _flat(batch.teacher_hidden), self.second or policy
@@ -106,7 +107,7 @@ class Teacher:
 
 
 def taught(groups: Sequence[Group]) -> list[Group]:
-    """The same groups, whose completions all learn, whatever their advantages."""
+    """The groups, with all completions marked as taught: they are trained on even if their advantage is 0."""
     return [replace(group, rollouts=tuple(replace(r, taught=True) for r in group.rollouts)) for group in groups]
 
 
@@ -116,5 +117,5 @@ def _head(policy: Policy) -> Head:
 
 
 def _flat(columns: mx.array) -> mx.array:
-    """`[B, T, n]` as `[B T, n]`."""
+    """Reshape `[B, T, n]` to `[B T, n]`."""
     return columns.reshape(-1, columns.shape[-1])

@@ -15,6 +15,7 @@ from grpo.backend.ranks import Ranks
 from grpo.config import Recipe
 from grpo.data.source import Source, checked_source, taken
 from grpo.generation.tally import speculation_metrics
+from grpo.model.joined import Joined
 from grpo.model.policy import Policy
 from grpo.objective.groups import has_variance, with_advantages, with_rewards
 from grpo.objective.loss import CustomLoss
@@ -58,7 +59,7 @@ class Trainer:
         teacher: Teacher | None = None,
         learners: Ranks | None = None,
     ) -> None:
-        """`learners` are the processes that update the policy: all `ranks`, unless they are given."""
+        """`learners` are the processes that update the policy. Default: all `ranks`."""
         self.cfg = cfg
         self.policy = policy
         self.tasks = checked_source(tasks)
@@ -90,14 +91,14 @@ class Trainer:
         Inside `wholly`, an error leaves the policy as it was before the step.
         """
         clock = Clock()
-        self.engine.generator.drafted()  # what evaluations have counted
+        self.engine.generator.drafted()  # resets the counts of evaluations
         self.scorer.begin(n)
         sampled, fresh = self.sample(n, clock)
         self.tasks.observe(sampled)
         return self.learn(n, sampled, fresh, clock)
 
     def learn(self, n: int, sampled: list[Group], fresh: list[Group], clock: Clock) -> StepMetrics:
-        """The rest of step `n`: what is learnt from the `fresh` groups. Metrics are of all that were `sampled`."""
+        """The rest of step `n`: learn from the `fresh` groups. Metrics cover all `sampled` groups."""
         beta = penalty_weight(self.cfg.loss, self.cfg.optim.steps, n)
         groups, older = self.with_older(fresh, n)
         self.before.remember(self.update.optimizer)
@@ -119,20 +120,20 @@ class Trainer:
         status = self.status(n, groups, beta) | penalty_metrics | kl_metrics | useful
         sources, scorer = [one.called for one in self.cfg.data.sources], self.scorer
         metrics = step_metrics(n, sampled, update, status, clock.laps, scorer.has_tools, sources, scorer.applies)
-        self.older = older  # the last change: what fails before it leaves the older groups as they were
+        self.older = older  # the last change: an earlier error leaves the older groups as they were
         learnt = sum(not group.replayed for group in groups)
         return replace(metrics, groups=(*groups, *sampled[learnt:]))
 
     def wholly(self) -> AbstractContextManager[None]:
-        """A context for `step`: if it raises, the arrays are put back as they were. `Before` has the exceptions."""
+        """A context for `step`: if it raises, the arrays are restored. `Before.wholly` describes the exceptions."""
         return self.before.wholly(self.update.optimizer)
 
     def sample(self, n: int, clock: Clock) -> tuple[list[Group], list[Group]]:
-        """Sample and score the step's groups. Returns all of them, those to train on first, and those to train on.
-        With `rollout.dynamic_sampling` or `rollout.reuse`, those with differing rewards come first.
+        """Sample and score the step's groups. Returns all groups, with those to train on first, and those to train on.
 
-        With `rollout.dynamic_sampling: k`, groups whose rewards are all equal are replaced by groups of new tasks, up
-        to k times. If some are still missing then, equal groups fill the step.
+        With `rollout.dynamic_sampling` or `rollout.reuse`, groups with differing rewards come first. With
+        `rollout.dynamic_sampling: k`, groups whose rewards are all equal are replaced by groups of new tasks, up to k
+        times. If there are still too few, groups with equal rewards fill the step.
         """
         cfg = self.cfg
         sampled: list[Group] = []
@@ -144,11 +145,11 @@ class Trainer:
             key = derive_key(cfg.seed, "rollout", n, attempt)
             tasks = taken(self.tasks, missing)
             n_each, temperature = cfg.rollout.num_generations, cfg.rollout.temperature
-            deal = self.engine.deal(self.ranks, missing, n_each)  # each task draws what it would in a single process
+            deal = self.engine.deal(self.ranks, missing, n_each)  # each task has the same draws as in a single process
             with scoring_once(self.scorer, tasks, self.ranks) as scoring:  # each group is scored while others decode
                 groups = self.engine.rollout(tasks, n_each, temperature, key, whole=scoring.add, deal=deal)
                 clock.lap("rollout")
-                self.scorer.steps_reward(chain(*self.ranks.gather(rewarding_steps(groups))))  # anywhere
+                self.scorer.steps_reward(chain(*self.ranks.gather(rewarding_steps(groups))))  # of all processes
                 scored = scoring.scored(with_policy_step(groups, n - 1))
             sampled += with_rewards(deal.merge(scored), self.scorer.weights)
             clock.lap("reward")
@@ -157,8 +158,11 @@ class Trainer:
         return varied_first, varied_first[: cfg.rollout.prompts_per_step]
 
     def with_older(self, fresh: list[Group], n: int) -> tuple[list[Group], OlderGroups]:
-        """The groups to train on, and the older ones to keep: with `rollout.reuse`, older groups take the place of the
-        last of the `fresh`, which teach nothing. The number of groups stays."""
+        """The groups to train on, and the older groups to keep.
+
+        With `rollout.reuse`, older groups replace `fresh` groups without a signal, which come last. The number of
+        groups stays the same.
+        """
         if not self.cfg.rollout.reuse:
             return fresh, self.older
         teaching = [group for group in fresh if self.teaches(group)]
@@ -167,11 +171,11 @@ class Trainer:
         return [*fresh[: len(fresh) - len(replayed)], *replayed], older.after(n, teaching)
 
     def teaches(self, group: Group) -> bool:
-        """Whether the rewards of a group differ: of its completions, or of their turns, whichever advantages are of."""
+        """Whether the rewards of a group differ: between completions, or between turns with `advantage.turns: turn`."""
         return has_variance(group, self.scorer.weights if self.cfg.advantage.turns == "turn" else None)
 
     def penalised(self, groups: list[Group], totals: Totals, beta: float) -> tuple[list[Group], dict[str, float]]:
-        """The groups with the penalties that the recipe subtracts from rewards, and the metrics of these."""
+        """The groups with the penalties that the recipe subtracts from rewards, and the penalties' metrics."""
         cache, longest = self.cfg.advantage.soft_overlong_cache, self.cfg.rollout.max_completion_length
         return with_penalties(groups, totals, beta, cache, longest, self.gauges)
 
@@ -183,12 +187,12 @@ class Trainer:
         return make_minibatches(groups, self.cfg.loss, packing, longest, number, beta)
 
     def measured(self, groups: list[Group], n: int) -> dict[str, float]:
-        """`kl` at the steps that `log.kl` names, for a run whose loss and rewards do not compute it."""
+        """The metric `kl` at the steps chosen by `log.kl`, for a run whose loss and rewards do not compute it."""
         every = self.cfg.kl_every
         return {} if every is None or n % every else {"kl": mean_kl(self.gauges.divergences(groups), Totals.of(groups))}
 
     def status(self, n: int, groups: list[Group], beta: float) -> dict[str, float]:
-        """The metrics that neither what was sampled nor the update provide. The `groups` are those learnt from."""
+        """The metrics that come from neither the sampled groups nor the update. `groups` are those trained on."""
         status = {
             "learning_rate": learning_rate(self.cfg.optim, n),
             **({} if (delta := self.policy.adapters.delta()) is None else {"adapter_delta": delta}),
@@ -201,7 +205,7 @@ class Trainer:
         return status | ({"beta": beta} if self.cfg.loss.beta_end is not None else {})
 
     def told(self) -> dict[str, float]:
-        """The metrics that tasks, decoding and scoring have to tell of the step's groups."""
+        """The metrics of tasks, decoding and scoring for the step's groups."""
         return {
             **self.tasks.metrics(),
             **speculation_metrics(self.ranks.sum_counts(self.engine.generator.drafted())),
@@ -215,13 +219,14 @@ class Trainer:
 
     @property
     def divided(self) -> bool:
-        """Whether other processes have parts of what a checkpoint holds."""
+        """Whether other processes hold parts of what a checkpoint needs."""
         return self.ranks.shard.size > 1 or self.policy.shards.ranks.size > 1
 
     def arrays(self, outlines: bool = False) -> dict[str, Arrays]:
-        """The trained arrays as they are now, whole, by checkpoint file and then by path.
+        """The current trained arrays, whole, by checkpoint file and then by path.
 
-        Where they are `divided`, all processes must ask. With `outlines` the optimizer's have shapes and dtypes alone.
+        If they are `divided`, all processes must call this, and read the optimizer's arrays as `Joined` says. With
+        `outlines`, the optimizer's arrays have only shapes and dtypes.
         """
         optimizer: Arrays = tree_flatten(self.update.optimizer.state, destination={})
         shards = self.policy.shards
@@ -229,9 +234,13 @@ class Trainer:
         return {
             "adapters": adapters.whole_state(),
             **({"reference": adapters.whole_state("reference")} if kept else {}),
-            "optimizer": shards.outlines(optimizer) if outlines else shards.whole(optimizer),
+            "optimizer": shards.outlines(optimizer) if outlines else self._whole(optimizer),
             **({OLDER: older} if (older := self.older.arrays()) else {}),
         }
+
+    def _whole(self, optimizer: Arrays) -> Arrays:
+        shards = self.policy.shards
+        return optimizer if shards.ranks.size == 1 else Joined(shards, optimizer)
 
     def counts(self) -> dict[str, Any]:
         """The counters of the source, the scorer and the updates, as JSON values."""
@@ -242,19 +251,25 @@ class Trainer:
             "steps_without_signal": self.update.steps_without_signal,
         }
 
-    def load_state(self, state: TrainerState) -> None:
+    def load_state(self, state: TrainerState, consume: bool = False) -> None:
         """Continue from the state of a trainer with the same recipe.
 
-        Moments may be in another form than this trainer's (`optim.moments`). Raises UserError if the arrays differ
-        otherwise in names or shapes.
+        Moments may be in another form than this trainer's (`optim.moments`). `consume`: take the optimizer's arrays out
+        of `state`, so that a process which keeps parts of them holds one whole array at a time.
+
+        Raises UserError if the arrays differ otherwise in names or shapes.
         """
-        optimizer = self.update.optimizer.fitted(state.arrays.get("optimizer", {}))
-        state = replace(state, arrays={**state.arrays, "optimizer": optimizer})
-        state.check_fits(TrainerState(self.arrays(outlines=True), self.counts()))
+        saved = state.arrays.get("optimizer", {})
+        optimizer = self.update.optimizer.fitted(saved)
+        fitted = replace(state, arrays={**state.arrays, "optimizer": optimizer})
+        fitted.check_fits(TrainerState(self.arrays(outlines=True), self.counts()))
+        if consume and isinstance(saved, dict):
+            saved.clear()
         adapters = self.policy.adapters
-        parts = {name: adapters.shards.part(arrays) for name, arrays in state.arrays.items() if name not in OF_GROUPS}
-        parts["optimizer"] = self.policy.shards.part(state.arrays["optimizer"])
-        mx.eval(parts["optimizer"])
+        whole = {name: arrays for name, arrays in state.arrays.items() if name not in (*OF_GROUPS, "optimizer")}
+        parts = {name: adapters.shards.part(arrays) for name, arrays in whole.items()}
+        parts["optimizer"] = {path: self._part(path, optimizer.pop(path)) for path in list(optimizer)}
+        mx.eval(parts)
         adapters.load_state(parts["adapters"])
         if "reference" in parts:
             adapters.add("reference", parts["reference"])
@@ -266,12 +281,17 @@ class Trainer:
         scorer = state.counts["scorer"]
         self.scorer.load_state(scorer if self.keeps_records else {**scorer, "records": {}})
 
+    def _part(self, path: str, whole: mx.array) -> mx.array:
+        part = self.policy.shards.part_of(path, whole)
+        mx.eval(part)
+        return part
+
     @property
     def keeps_records(self) -> bool:
-        """Whether what the scorer has counted goes on in this process: in one of them, since metrics sum it up."""
+        """Whether this process takes over the scorer's counts: only one process does, because metrics sum them up."""
         return self.ranks.first
 
     @property
     def whole(self) -> bool:
-        """Whether this process has all that a checkpoint needs, or its part of that."""
+        """Whether this process has everything that a checkpoint needs, or its part of a divided model's state."""
         return True

@@ -1,8 +1,7 @@
-"""The number game of `builtin:guess`, played by an agent: a program of its own, which asks the model as any OpenAI
-client does.
+"""The number game of `builtin:guess`, played by an agent: a separate program, which calls the model like any OpenAI
+client.
 
-The game is the environment's, `grpo.builtin.guess:Guess`; who says what to whom is written here. It needs the package
-`openai`.
+The game is the environment `grpo.builtin.guess:Guess`; this file exchanges the messages. It needs the package `openai`.
 """
 
 import openai
@@ -11,23 +10,23 @@ from grpo.builtin.guess import Guess
 
 
 async def run(data: dict, base_url: str, api_key: str) -> float:
-    """Play one game. `data` is the row. Returns 1 if the number was found, else 0."""
+    """Play one game for the row `data`. Returns 1 if the model finds the number, else 0."""
     game = Guess()
     game.reset(number=data["number"])
     messages = [{"role": "user", "content": data["question"]}]
     async with openai.AsyncOpenAI(base_url=base_url, api_key=api_key) as client:
         while True:
-            said = await asked(client, messages)
-            heard = None if said is None else game.step(said)
-            if not isinstance(heard, str):  # the game is over, or there is no room to go on
+            guess = await answer_to(client, messages)
+            hint = None if guess is None else game.step(guess)
+            if not isinstance(hint, str):  # the game is over, or there is no room to continue
                 return game.get_reward()
-            messages += [{"role": "assistant", "content": said}, {"role": "user", "content": heard}]
+            messages += [{"role": "assistant", "content": guess}, {"role": "user", "content": hint}]
 
 
-async def asked(client: openai.AsyncOpenAI, messages: list[dict]) -> str | None:
-    """What the model says; None where `rollout.max_completion_length` leaves it no room to say it to its end.
+async def answer_to(client: openai.AsyncOpenAI, messages: list[dict]) -> str | None:
+    """The model's answer; None if `rollout.max_completion_length` leaves no room for a whole answer.
 
-    A game that was too long is lost. An agent that lets the error pass gets the same: a reward of 0.
+    A game that is too long is lost. An agent that does not catch the error gets the same reward: 0.
     """
     try:
         answer = await client.chat.completions.create(model="policy", messages=messages)

@@ -1,10 +1,10 @@
-"""Two processes that sample and train at the same time (`ranks`), against two that each do both: seconds a step.
+"""Compares two processes that sample and train at the same time (`ranks`) with two that each do both: step times.
 
     python scripts/benchmarks/apart.py sums --turns 3 --out apart.jsonl
     python scripts/benchmarks/apart.py waiting --turns 3 --out apart.jsonl
 
-Both kinds of run take turns. Each process keeps to a core of its own. FILE gets a line of JSON for each run: the median
-step, without the first two, and how much of it each side worked. Printed is the ratio of each turn, apart / both.
+Both kinds of runs take turns. Each process is bound to its own core. FILE gets a line of JSON per run: the median step,
+without the first two steps, and the share of it in which each side worked. Prints the ratio of each turn, apart / both.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 SKIPPED = 2
-"""Steps at the start that are not counted: compiled functions are made there."""
+"""Number of first steps that are not counted, because functions are compiled in them."""
 SLOW = """
 import random, time
 from grpo.builtin.guess import Guess
@@ -30,7 +30,7 @@ class Waiting(Guess):
         time.sleep({seconds} * random.random() ** 3)
         return super().step(text)
 """
-"""A game in which a turn takes a while, most a little and some long, as a sandbox or a search would."""
+"""A game with slow turns: most are short and some are long, like a sandbox or a search."""
 RUN = """
 import os, sys
 os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[int(os.environ["MLX_RANK"])]})
@@ -46,7 +46,7 @@ KINDS = {"both": (), "apart": ("ranks={sample: 1, train: 1}",)}
 
 
 def step_of(work: str, kind: str, steps: int, seconds: float) -> dict[str, float | str]:
-    """Train, and return the median step in seconds, with the shares of it that each side worked."""
+    """Train, and return the median step in seconds, with the shares of it in which each side worked."""
     name, settings = WORK[work]
     recipe = Path(__file__).parents[2] / "recipes" / f"{name}.yaml"
     with tempfile.TemporaryDirectory() as folder:
@@ -72,14 +72,14 @@ def step_of(work: str, kind: str, steps: int, seconds: float) -> dict[str, float
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("work", choices=WORK)
-    parser.add_argument("--turns", type=int, default=3, help="pairs of runs; 3")
-    parser.add_argument("--steps", type=int, default=12, help="steps of a run; 12")
-    parser.add_argument("--seconds", type=float, default=2.0, help="the longest that a turn of `waiting` takes; 2")
-    parser.add_argument("--out", type=Path, default=Path("apart.jsonl"), metavar="FILE", help="apart.jsonl")
-    asked = parser.parse_args()
-    for turn in range(asked.turns):
-        found = {kind: step_of(asked.work, kind, asked.steps, asked.seconds) for kind in KINDS}
-        with asked.out.open("a") as file:
+    parser.add_argument("--turns", type=int, default=3, help="number of pairs of runs (default: 3)")
+    parser.add_argument("--steps", type=int, default=12, help="steps per run (default: 12)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="maximum seconds of a `waiting` turn (default: 2)")
+    parser.add_argument("--out", type=Path, default=Path("apart.jsonl"), metavar="FILE", help="default: apart.jsonl")
+    args = parser.parse_args()
+    for turn in range(args.turns):
+        found = {kind: step_of(args.work, kind, args.steps, args.seconds) for kind in KINDS}
+        with args.out.open("a") as file:
             file.writelines(json.dumps(one) + "\n" for one in found.values())
         both, apart = (float(found[kind]["step"]) for kind in KINDS)
         use = ", ".join(f"{name} {float(found['apart'][f'ranks/{name}']):.0%}" for name in ("sampling", "training"))

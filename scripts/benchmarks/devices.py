@@ -1,12 +1,12 @@
-"""What several devices make of a step: a small model of costs, from a chip, a link, and the number of processes.
+"""Estimates the time of a step on several devices from a chip, a link, and the number of processes.
 
     python scripts/benchmarks/devices.py                                    # the tables of the manual's page
-    python scripts/benchmarks/devices.py --link 2.4 --latency 0.3           # GB/s and ms, as `grpo doctor --ranks` says
+    python scripts/benchmarks/devices.py --link 2.4 --latency 0.3           # GB/s and ms, from `grpo doctor --ranks`
 
-A process's own work is what `grpo recipes costs` reckons (`grpo.planning.estimate`), fitted to one H200 and scaled to
-other chips; Macs are lower bounds. What the processes exchange is reckoned from the link: gradients once an update,
-the step's completions once, and in tensor parallel two sums a layer and pass. A ring's sum of S bytes over n
-processes takes 2 (n - 1) / n × S / bandwidth + 2 (n - 1) × latency, a gathering of S bytes in all half of that.
+The work of a process comes from `grpo.planning.estimate` (as in `grpo recipes costs`), fitted to one H200 and scaled to
+other chips; figures for Macs are lower bounds. The communication comes from the link: gradients once per update, the
+step's completions once, and in tensor parallel two sums per layer and pass. A ring's sum of S bytes over n processes
+takes 2 (n - 1) / n × S / bandwidth + 2 (n - 1) × latency; gathering S bytes in total takes half of that.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from grpo.planning.machines import CHIPS, Chip
 from grpo.recipes import with_settings
 
 PICKLED = 15.4
-"""Bytes of a completion's token as processes exchange it: its number, its logprob, whether it is trained, its text."""
+"""Bytes per token in the exchange of completions: its id, its logprob, whether it is trained, its text."""
 ROUNDS = 12
-"""Small exchanges of a step, about: how many rows, metrics, counts, stops."""
+"""Approximate number of small exchanges per step: row counts, metrics, counts, stops."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinkSpeed:
-    """A link between neighbors: bytes a second, and seconds until the first of them arrives."""
+    """A link between neighbors: bytes per second, and seconds until the first byte arrives."""
 
     name: str
     bandwidth: float
@@ -44,7 +44,7 @@ class LinkSpeed:
         return 2 * (n - 1) / n * nbytes / self.bandwidth + 2 * (n - 1) * self.latency
 
     def gather(self, n: int, nbytes: float) -> float:
-        """Seconds in which each of `n` processes gets what the others have of `nbytes` in all."""
+        """Seconds until each of `n` processes has all `nbytes`, of which each process has a part."""
         return self.sum(n, nbytes) / 2
 
 
@@ -55,11 +55,11 @@ LINKS = (
     LinkSpeed("10 Gbit Ethernet", 1.1e9, 2e-4),
     LinkSpeed("1 Gbit Ethernet", 0.11e9, 4e-4),
 )
-"""What vendors and their users say, nothing of it measured here; `grpo doctor --ranks` measures yours."""
+"""Figures from vendors and users, not measured here; `grpo doctor --ranks` measures your link."""
 
 
 def recipe(shape: str, prompts: int, completions: int, prompt: int, completion: int) -> Recipe:
-    """LoRA of rank 16 on every linear layer, prompts and completions of full length."""
+    """A recipe with LoRA of rank 16 on every linear layer, and prompts and completions of full length."""
     return Recipe.model_validate(
         {
             "model": {"name": shape},
@@ -77,7 +77,7 @@ def recipe(shape: str, prompts: int, completions: int, prompt: int, completion: 
 
 
 def data_parallel(cfg: Recipe, chip: Chip, n: int, link: LinkSpeed) -> tuple[float, float]:
-    """Seconds of a step of `n` processes with the whole model each, and what of them is exchange."""
+    """Seconds of a step of `n` processes that each hold the whole model, and the part of it that is communication."""
     config, rollout = config_of(cfg.model.name), cfg.rollout
     own = with_settings(
         cfg, {"rollout": with_settings(rollout, {"prompts_per_step": -(-rollout.prompts_per_step // n)})}
@@ -91,10 +91,10 @@ def data_parallel(cfg: Recipe, chip: Chip, n: int, link: LinkSpeed) -> tuple[flo
 
 
 def tensor_parallel(cfg: Recipe, chip: Chip, n: int, link: LinkSpeed) -> tuple[float, float]:
-    """Seconds of a step of `n` processes that hold one model together, and what of them is exchange.
+    """Seconds of a step of `n` processes that share one model, and the part of it that is communication.
 
-    Matrices and attention are divided, launches are not. Every layer sums hidden states twice forward and twice
-    backward.
+    Matrices and attention are divided, but kernel launches are not. Every layer sums hidden states twice in the forward
+    pass and twice in the backward pass.
     """
     costs: Costs = Elsewhere.of(cfg, config_of(cfg.model.name), machine_of(chip.memory, chip.backend, cfg)).costs
     rollout, prompt = cfg.rollout, cfg.data.longest_prompt
@@ -117,7 +117,8 @@ def tensor_parallel(cfg: Recipe, chip: Chip, n: int, link: LinkSpeed) -> tuple[f
 
 
 def table(cfg: Recipe, chip: Chip, counts: tuple[int, ...], links: tuple[LinkSpeed, ...], way: Any) -> Iterator[str]:
-    """Lines of Markdown: seconds of a step, and how many times as fast as one process, by link and processes."""
+    """Yield lines of a Markdown table: the speedup over one process and the share of communication, by link and number
+    of processes."""
     yield "| link | " + " | ".join(f"{n} processes" for n in counts) + " |"
     yield "|---|" + "---|" * len(counts)
     alone, _ = way(cfg, chip, 1, links[0])
@@ -132,9 +133,9 @@ def table(cfg: Recipe, chip: Chip, counts: tuple[int, ...], links: tuple[LinkSpe
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--link", type=float, help="GB/s between two processes")
-    parser.add_argument("--latency", type=float, default=0.2, help="in ms")
-    asked = parser.parse_args()
-    own = () if asked.link is None else (LinkSpeed("this link", asked.link * 1e9, asked.latency / 1e3),)
+    parser.add_argument("--latency", type=float, default=0.2, help="latency of the link in ms")
+    args = parser.parse_args()
+    own = () if args.link is None else (LinkSpeed("this link", args.link * 1e9, args.latency / 1e3),)
     h200, mac = (next(chip for chip in CHIPS if chip.name.startswith(name)) for name in ("H200", "M4 Max 128"))
     measured = recipe("qwen3-0.6b", 32, 8, 130, 128)
     one, two = (data_parallel(measured, h200, n, LINKS[0])[0] for n in (1, 2))

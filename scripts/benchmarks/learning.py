@@ -1,7 +1,7 @@
-"""What GRPO teaches the students of the built-in tasks, by several losses and seeds. `scripts/learning` runs this.
+"""Trains the students of the built-in tasks with several losses and seeds. `scripts/learning` runs this.
 
-Each run is `grpo train recipes/learning/<task>.yaml` with the loss and the seed as overrides. A finished run is not
-repeated. Into the folder go the runs, results.json (every evaluation of every run), table.md and curves.svg.
+Each run is `grpo train recipes/learning/<task>.yaml` with the loss and the seed as overrides. Finished runs are not
+repeated. The folder gets the runs, results.json (every evaluation of every run), table.md and curves.svg.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TRAIN = [sys.executable, "-c", "from grpo.cli import main; main()", "train"]
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished run: its held-out accuracies at each step that was evaluated, and its seconds, start-up included."""
+    """A finished run: its held-out accuracies at each evaluated step, and its seconds, start-up included."""
 
     task: str
     loss: str
@@ -48,16 +48,16 @@ Key = tuple[str, str, int]
 
 
 def main() -> None:
-    asked = _arguments()
-    asked.into.mkdir(parents=True, exist_ok=True)
-    keys = [(task, loss, seed) for seed in asked.seeds for task in asked.tasks for loss in asked.losses]
-    for task in asked.tasks:
-        model_folder(ModelConfig(name=f"builtin:{task}-student"))  # made before the clock runs
-    with ThreadPoolExecutor(asked.jobs) as pool:
-        results = list(pool.map(lambda key: _result(key, asked.steps, asked.into), keys))
-    (asked.into / "results.json").write_text(_lines(results))
-    (asked.into / "table.md").write_text(table(results))
-    plot(results, asked.into / "curves.svg")
+    args = _arguments()
+    args.into.mkdir(parents=True, exist_ok=True)
+    keys = [(task, loss, seed) for seed in args.seeds for task in args.tasks for loss in args.losses]
+    for task in args.tasks:
+        model_folder(ModelConfig(name=f"builtin:{task}-student"))  # made before the runs are timed
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = list(pool.map(lambda key: _result(key, args.steps, args.into), keys))
+    (args.into / "results.json").write_text(_lines(results))
+    (args.into / "table.md").write_text(table(results))
+    plot(results, args.into / "curves.svg")
     print(table(results), end="")
 
 
@@ -65,15 +65,15 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/learning", description=(__doc__ or "").partition(" `scripts")[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES, metavar="LOSS", help=", ".join(LOSSES))
-    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2), metavar="SEED", help="at most ten; 0 1 2")
-    parser.add_argument("--steps", type=int, default=40, help="of each run; 40")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one core; 1")
-    parser.add_argument("--into", type=Path, default=Path("runs/learning"), help="folder of runs and results")
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2), metavar="SEED", help="at most 10; 0 1 2")
+    parser.add_argument("--steps", type=int, default=40, help="steps per run (default: 40)")
+    parser.add_argument("--jobs", type=int, default=1, help="simultaneous runs, each on one core (default: 1)")
+    parser.add_argument("--into", type=Path, default=Path("runs/learning"), help="folder for the runs and results")
     return parser.parse_args()
 
 
 def _result(key: Key, steps: int, into: Path) -> Result:
-    """What is on record of a run, or else the run."""
+    """The recorded result of a run; trains the run if there is no result."""
     task, loss, seed = key
     folder = into / f"{task}-{loss}-{seed}-{steps}"
     record = folder / "result.json"
@@ -86,7 +86,7 @@ def _result(key: Key, steps: int, into: Path) -> Result:
 
 
 def _train(key: Key, steps: int, folder: Path) -> float:
-    """One run, on one core so that sums are added up in one order. Returns its seconds."""
+    """Train one run, on one core so that sums have a fixed order. Returns its seconds."""
     task, loss, seed = key
     recipe = bundled("recipes") / "learning" / f"{task}.yaml"
     settings = [f"seed={seed}", f"loss.type={loss}", f"optim.steps={steps}", f"output_dir={folder}"]
@@ -121,7 +121,7 @@ def _lines(results: Sequence[Result]) -> str:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Markdown: a row for each task and loss, with accuracies in per cent before and after, means over seeds."""
+    """A Markdown table: one row per task and loss, with accuracies before and after in percent, means over seeds."""
     heads = "| task | loss | sampled before | sampled after | gained | greedy before | greedy after |"
     rows = [_row(*both, results) for both in dict.fromkeys((result.task, result.loss) for result in results)]
     return "\n".join([heads, "|" + "---|" * 7, *rows]) + "\n"
@@ -140,7 +140,7 @@ def _row(task: str, loss: str, results: Sequence[Result]) -> str:
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Sampled accuracy over steps: a panel for each task, the mean over seeds of each loss and what its seeds span."""
+    """Plot sampled accuracy over steps: a panel per task, with the mean and the range over seeds of each loss."""
     import matplotlib
     from matplotlib.figure import Figure
 

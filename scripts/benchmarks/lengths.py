@@ -1,9 +1,9 @@
-"""The table of recipes/LONG_COMPLETIONS.md: the longest completion that trains, by model and machine.
+"""Makes the table of recipes/LONG_COMPLETIONS.md: the longest completion that can be trained, by model and machine.
 
-LoRA of rank 16 on every linear layer, 8 completions of one prompt of 512 tokens, everything else by default. Figures
-are planned from the models' sizes (`grpo recipes costs RECIPE --memory GB`), as far as memory goes: positions are taken
-to be scaled. Those in `lengths.json` were measured and are printed bold: a list of
-`{"model": "8B, 4 bits", "machine": "CUDA 24 GB", "tokens": 24576}`, with whatever else tells how.
+LoRA of rank 16 on every linear layer, 8 completions of one prompt of 512 tokens, defaults otherwise. Figures are
+planned from the models' sizes (`grpo recipes costs RECIPE --memory GB`), and consider only memory: positions count as
+scaled. Figures in `lengths.json` were measured and are bold. The file is a list of
+`{"model": "8B, 4 bits", "machine": "CUDA 24 GB", "tokens": 24576}`, with any other keys about the measurement.
 
     python scripts/benchmarks/lengths.py             # prints the table
     python scripts/benchmarks/lengths.py --write     # puts the table into the page
@@ -50,7 +50,7 @@ MACHINES: dict[str, tuple[float, Backend]] = {
 
 
 def planned(model: str, machine: str, **rollout: Any) -> int:
-    """Tokens of the longest completion by the plan; 0 where none fits."""
+    """The plan's longest completion in tokens; 0 if not even one token fits."""
     config = {**MODELS[model], "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
     cfg = recipe_of(
         {
@@ -69,7 +69,7 @@ def planned(model: str, machine: str, **rollout: Any) -> int:
 
 
 def rounded(tokens: int) -> str:
-    """Two digits, downwards: a plan knows no more."""
+    """Tokens rounded down to two digits, which is a plan's precision."""
     unit = 10 ** max(0, len(str(tokens)) - 2)
     return f"{tokens // unit * unit:,}" if tokens else "–"
 
@@ -81,7 +81,7 @@ def measured() -> dict[tuple[str, str], int]:
 
 
 def table(**rollout: Any) -> str:
-    """The lengths as a table in Markdown, a row for each model."""
+    """The lengths as a Markdown table, one row per model."""
     seen = {} if rollout else measured()
     lines = ["| | " + " | ".join(MACHINES) + " |", "|---|" + "---:|" * len(MACHINES)]
     for model in MODELS:
@@ -97,11 +97,11 @@ def table(**rollout: Any) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put the table into the page")
-    parser.add_argument("--kv-bits", type=int, choices=[4, 8], help="keys and values in so many bits")
-    asked = parser.parse_args()
-    made = table(**({} if asked.kv_bits is None else {"kv_bits": asked.kv_bits}))
+    parser.add_argument("--kv-bits", type=int, choices=[4, 8], help="bits of keys and values")
+    args = parser.parse_args()
+    made = table(**({} if args.kv_bits is None else {"kv_bits": args.kv_bits}))
     print(made)
-    if asked.write:
+    if args.write:
         page = PAGE.read_text(encoding="utf-8")
         between = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
         PAGE.write_text(between.sub(lambda _: f"{BEGIN}\n\n{made}\n\n{END}", page), encoding="utf-8")

@@ -1,15 +1,15 @@
-"""How much sooner a run learns by one setting more: steps and rollouts to the same held-out accuracy, over seeds.
+"""Measures how much faster a setting makes a run learn: steps and rollouts to a held-out accuracy, over seeds.
 
     python scripts/benchmarks/lessons.py teacher --seeds 0-7 --out lessons.jsonl
     python scripts/benchmarks/lessons.py agents --seeds 0-2 --out lessons.jsonl
     python scripts/benchmarks/lessons.py summary --out lessons.jsonl [--against ARM]
 
-A comparison has several arms: one recipe with different settings, the first of them the plain one. Each arm trains from
-each seed until its greedy accuracy on held-out prompts reaches the target, or its steps are used up. FILE gets a line
-of JSON for every run, and a run that it has is not repeated. The summary has the ratio of each arm to the first (or to
-another: --against), seed by seed: its median, and the 95 % bootstrap interval of the median.
+A comparison has several arms: one recipe with different settings, of which the first arm is the baseline. Each arm
+trains from each seed until its greedy accuracy on held-out prompts reaches the target, or its steps are used up. FILE
+gets a line of JSON per run, and runs that are already in FILE are not repeated. The summary has the ratio of each arm
+to the first arm (or to another arm: --against), seed by seed: the median, and its 95 % bootstrap interval.
 
-A process keeps to one core, so processes for other seeds can run beside it. Nothing needs a network.
+A process is bound to one core, so processes for other seeds can run at the same time. No network is needed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COLUMNS = ("arm", "seeds", "steps", "rollouts", "ratio of steps", "ratio of roll
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One way to train: its name, and its settings over those of the comparison."""
+    """One arm: its name, and its settings in addition to the comparison's."""
 
     name: str
     settings: tuple[str, ...] = ()
@@ -44,10 +44,10 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Arms to compare on one recipe. `arms` makes them for a seed, with a folder for what they need.
+    """Arms to compare on one recipe. `arms` creates the arms for a seed, with a folder for their files.
 
-    Each trains at most `steps` steps and is measured before the first and after every `every` of them, until its
-    accuracy is `target`, if there is one. `measure` says which accuracy, by its name in evaluations.
+    Each arm trains at most `steps` steps. It is evaluated before the first step and after every `every` steps, until
+    its accuracy reaches `target`, if there is one. `measure` is the evaluation metric of this accuracy.
     """
 
     recipe: str
@@ -61,9 +61,9 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one arm learnt from one seed: its accuracy after `steps`, when so many `rollouts` had been sampled.
+    """The learning curve of one arm and seed: its accuracy after `steps` steps and `rollouts` sampled rollouts.
 
-    The last entry is the one that reached `target`, if `reached`.
+    If `reached`, the last entry reached `target`.
     """
 
     comparison: str
@@ -80,9 +80,9 @@ class Run:
 def train(
     comparison: Comparison, arm: Arm, seed: int, until: float = inf, keep: Path | None = None
 ) -> Iterator[tuple[int, int, float]]:
-    """Train one arm. Yields steps, rollouts and accuracy at each evaluation, until that is `until`.
+    """Train one arm. Yields steps, rollouts and accuracy at each evaluation, until the accuracy reaches `until`.
 
-    At the end the adapter is saved in the folder `keep`, if there is one.
+    At the end, the adapter is saved in the folder `keep`, if it is given.
     """
     from grpo.plugins import bundled
     from grpo.recipes import load_recipe
@@ -110,7 +110,7 @@ def train(
 
 
 def measured(name: str, arm: Arm, seed: int) -> Run:
-    """Train one arm of the comparison of this name until it reaches the target."""
+    """Train one arm of the comparison `name` until it reaches the target."""
     comparison, began = COMPARISONS[name], time.perf_counter()
     until = inf if comparison.target is None else comparison.target
     steps, rollouts, accuracy = zip(*train(comparison, arm, seed, until), strict=True)
@@ -120,10 +120,10 @@ def measured(name: str, arm: Arm, seed: int) -> Run:
 
 
 def summary(runs: Sequence[Run], against: str | None = None) -> str:
-    """A Markdown table of one comparison: medians over seeds, and of the ratios to one arm their intervals. Of a
-    comparison without a target it has the curves."""
+    """A Markdown table of one comparison: medians over seeds, and ratios to one arm with intervals. For a comparison
+    without a target, the learning curves."""
     if runs[0].target is None:
-        return f"{runs[0].comparison}: accuracy in per cent\n\n{curves(runs)}"
+        return f"{runs[0].comparison}: accuracy in percent\n\n{curves(runs)}"
     arms = list(dict.fromkeys(run.arm for run in runs))
     plain = against or arms[0]
     first = {run.seed: run for run in runs if run.arm == plain}
@@ -144,10 +144,10 @@ def _row(arm: str, runs: Sequence[Run], first: dict[int, Run]) -> str:
 
 
 def needed(run: Run, count: Callable[[Run], int]) -> float:
-    """The steps or rollouts to the target: infinitely many where the run ended before.
+    """The steps or rollouts to the target; infinity if the run ended before the target.
 
-    (The arm that others are compared with counts with what it used, also where it ended before: the ratio is then too
-    high, never too low.)
+    (The arm that others are compared with counts with its actual number, even if it ended before the target: the ratio
+    is then too high, never too low.)
     """
     return count(run) if run.reached else inf
 
@@ -160,15 +160,15 @@ def interval(ratios: Sequence[float]) -> tuple[float, float]:
 
 
 def read(file: Path) -> list[Run]:
-    """The runs of a file of JSON lines; none where there is no file yet."""
+    """The runs in a file of JSON lines; empty if there is no file yet."""
     return [Run(**json.loads(line)) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def teacher(comparison: Comparison, seed: int, into: Path) -> list[Arm]:
-    """A student with GRPO alone and with a teacher, which is an adapter of a longer run of GRPO from another seed.
+    """A student with only GRPO, and with a teacher, which is the adapter of a longer GRPO run from another seed.
 
-    A step is small, 2 prompts × 4 completions: there rewards say little and a teacher as much as ever. GRPO alone
-    trains at the best of the learning rates 5e-4, 1e-3 and 2e-3 for it (1e-3), and at that of the other arms, too.
+    Steps are small, 2 prompts × 4 completions: rewards then carry little signal, a teacher as much as always. Only GRPO
+    trains at its best learning rate of 5e-4, 1e-3 and 2e-3 (1e-3), and also at the rate of the other arms.
     """
     folder, small = into / f"teacher-{seed}", ("rollout.prompts_per_step=2", "rollout.num_generations=4")
     longer = replace(comparison, steps=60, every=60)
@@ -186,11 +186,11 @@ def teacher(comparison: Comparison, seed: int, into: Path) -> list[Arm]:
 
 
 def pools(_: Comparison, seed: int, into: Path) -> list[Arm]:
-    """Sums of which 70 % have an answer that nobody finds, in the order of epochs and drawn by difficulty.
+    """Sums, 70 % of which have an impossible answer, visited in epochs and drawn by difficulty.
 
-    The 30 tasks with right answers and the 70 without are others for each seed. A step is one prompt × 8 completions,
+    Each seed has other 30 tasks with right answers and 70 tasks with wrong ones. A step is one prompt × 8 completions,
     so a task without a signal costs a step. Steps are small, so that tasks come up several times before the target:
-    nothing is known of a task before its first time.
+    a task has no solve rate before its first step.
     """
     from grpo.builtin.tasks import rows
 
@@ -210,10 +210,10 @@ def pools(_: Comparison, seed: int, into: Path) -> list[Arm]:
 
 
 def replay(comparison: Comparison, seed: int, into: Path) -> list[Arm]:
-    """The tasks of `pools`, of which 70 % have no signal, with older groups in the place of groups without.
+    """The tasks of `pools`, 70 % of which have no signal, with older groups instead of groups without a signal.
 
-    A step is 4 prompts × 4 completions, so that about one of its groups teaches. Replay makes more of a small learning
-    rate, so the arms train at the best of 5e-4, 1e-3 and 2e-3 for the first (2e-3), and two of them at half of it, too.
+    A step is 4 prompts × 4 completions, so that about one of its groups teaches. Replay helps more at a small learning
+    rate, so the arms train at the first arm's best rate of 5e-4, 1e-3 and 2e-3 (2e-3), and two arms also at half of it.
     """
     slow, fast = "optim.learning_rate=1e-3", "optim.learning_rate=2e-3"
     small = ("rollout.prompts_per_step=4", "rollout.num_generations=4")
@@ -232,8 +232,8 @@ def replay(comparison: Comparison, seed: int, into: Path) -> list[Arm]:
 
 
 def agents(_: Comparison, __: int, ___: Path) -> list[Arm]:
-    """A number to guess in several turns, with the game as an environment, and with the agent that plays it by the
-    OpenAI client: prompts and rewards are the same, so that the curves should differ by draws alone."""
+    """A guessing game of several turns, with the game as an environment and with the agent that plays it through the
+    OpenAI client. Prompts and rewards are the same, so the curves should differ only by random draws."""
     from grpo.plugins import bundled
 
     agent = bundled("recipes").resolve() / "learning" / "guess_agent.py"
@@ -241,8 +241,8 @@ def agents(_: Comparison, __: int, ___: Path) -> list[Arm]:
 
 
 def lag(_: Comparison, __: int, ___: Path) -> list[Arm]:
-    """Sampling and training at the same time: completions of the policy before the last update, with ratios to that
-    policy or with a correction. Both processes' work is done here by one."""
+    """Sampling and training at the same time: completions come from the policy before the last update, with ratios to
+    that policy or with a correction. One process does the work of both here."""
     apart, corrected = "ranks={sample: 1, train: 1}", "loss.importance_sampling_correction=token_truncate"
     return [Arm("no lag"), Arm("lag 1", (apart,)), Arm("lag 1, corrected", (apart, corrected))]
 
@@ -257,7 +257,7 @@ COMPARISONS = {
 
 
 def _compare(name: str, seeds: Sequence[int], out: Path) -> None:
-    """Make the runs of a comparison that are not yet in the file."""
+    """Train the runs of a comparison that are not yet in the file."""
     known = {(run.comparison, run.arm, run.seed) for run in read(out)}
     for seed in seeds:
         with tempfile.TemporaryDirectory() as into:
@@ -274,9 +274,9 @@ def _compare(name: str, seeds: Sequence[int], out: Path) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("comparison", choices=(*COMPARISONS, "summary"))
-    parser.add_argument("--seeds", type=_seeds, default=range(8), metavar="A-B", help="from A to B; 0-7")
+    parser.add_argument("--seeds", type=_seeds, default=range(8), metavar="A-B", help="from A to B (default: 0-7)")
     parser.add_argument("--out", type=Path, default=Path("lessons.jsonl"), metavar="FILE", help="lessons.jsonl")
-    parser.add_argument("--against", metavar="ARM", help="of a summary: what the others are compared with")
+    parser.add_argument("--against", metavar="ARM", help="for a summary: the arm that others are compared with")
     return parser.parse_args()
 
 
@@ -286,21 +286,21 @@ def _seeds(text: str) -> range:
 
 
 def _keep_to_one_core(number: int) -> None:
-    """Before MLX is imported: this process, and every thread that it starts, runs on one core of those it may use."""
+    """Bind this process and its threads to one of the allowed cores. Call it before MLX is imported."""
     if sys.platform == "linux":
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[number % len(cores)]})
 
 
 def main() -> None:
-    asked = _arguments()
-    if asked.comparison == "summary":
-        runs = read(asked.out)
+    args = _arguments()
+    if args.comparison == "summary":
+        runs = read(args.out)
         for name in dict.fromkeys(run.comparison for run in runs):
-            print(summary([run for run in runs if run.comparison == name], asked.against))
+            print(summary([run for run in runs if run.comparison == name], args.against))
         return
-    _keep_to_one_core(8 * list(COMPARISONS).index(asked.comparison) + asked.seeds[0])
-    _compare(asked.comparison, asked.seeds, asked.out)
+    _keep_to_one_core(8 * list(COMPARISONS).index(args.comparison) + args.seeds[0])
+    _compare(args.comparison, args.seeds, args.out)
 
 
 if __name__ == "__main__":

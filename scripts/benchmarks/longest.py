@@ -1,15 +1,15 @@
-"""The least memory that a step can be planned with, or the longest completion that trains within a limit.
+"""Finds the smallest memory limit of a step, or measures the longest completion that can be trained within a limit.
 
     python scripts/benchmarks/longest.py least [--shape qwen3-0.6b] [--prompts 8] [--completions 8] ...
     python scripts/benchmarks/longest.py length --limit 24 [--shape qwen3-8b] [--bits 4] [--kv-bits 8] [--tokens N] ...
 
-`least` prints the smallest `memory.limit_gb` that the plan takes (`grpo bench train --limit` makes a step with it).
+`least` prints the smallest `memory.limit_gb` that the plan accepts (`grpo bench train --limit` runs a step with it).
 
-`length` plans completions of `--tokens` (default: as long as the plan says would fit) after one prompt, and measures
-the peak of both halves of a step. The update is the gradient of so many micro-batches (`--batches`; default: all, and
-the optimizer's step). Completions are decoded whole with `--whole`; else their last 64 tokens are, after prompts that
-are so much longer, in the same slots: a row then has as many keys and values as at the end of a whole completion, and
-each has its own, which is the most. Every line is JSON.
+`length` plans completions of `--tokens` tokens (default: the longest that fit by the plan) after one prompt, and
+measures the peak memory of rollout and update. The update is the gradient of `--batches` micro-batches (default: all,
+and the optimizer's step). With `--whole`, completions are decoded whole. Otherwise only their last 64 tokens are
+decoded, after prompts that are longer by the rest, in the same slots: a row then has as many keys and values as at the
+end of a whole completion, and shares none of them, which is the maximum. Every line is JSON.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from grpo.training.batches import make_minibatches
 from grpo.training.update import Updater
 
 END = 64
-"""Tokens that are decoded at the end of a completion, unless it is decoded whole."""
+"""Number of tokens that are decoded at the end of a completion without `--whole`."""
 
 
 def recipe_of(setting: Setting, kv_bits: int | None, slots: int) -> Recipe:
@@ -58,7 +58,7 @@ def planner_of(setting: Setting, cfg: Recipe, policy: Policy, generator: Generat
 
 
 def least(setting: Setting) -> None:
-    """The smallest limit, by what the plan says is needed, from far too little on."""
+    """Print the smallest limit that the plan accepts, searched upward from the memory that each refusal asks for."""
     cfg, model = recipe_of(setting, None, setting.rows), base_model(setting)
     policy = policy_of(model, cfg.optim)
     generator = Generator(policy.model, NoTokenizer(), setting.rows)  # type: ignore[arg-type]
@@ -105,7 +105,7 @@ def length(
 
 
 def decoded(setting: Setting, cfg: Recipe, generator: Generator, whole: bool) -> dict[str, Any]:
-    """The rollout, or its end."""
+    """Decode the whole rollout, or only its end."""
     most = cfg.rollout.max_completion_length
     sampling = sampling_of(
         with_settings(cfg, {"rollout.max_completion_length": most if whole else min(END, most)}).rollout
@@ -121,7 +121,7 @@ def decoded(setting: Setting, cfg: Recipe, generator: Generator, whole: bool) ->
 
 
 def updated(setting: Setting, cfg: Recipe, policy: Policy, batches: int | None) -> dict[str, Any]:
-    """The update's gradient, or that of its first micro-batches."""
+    """Compute the update, or only the gradient of its first micro-batches."""
     most = cfg.rollout.max_completion_length
     longer = Setting(**{**{name: getattr(setting, name) for name in Setting.__slots__}, "completion_length": most})
     groups = with_advantages(synthetic(longer, policy.model), WEIGHTS, cfg.advantage, cfg.loss.preset)
@@ -150,17 +150,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--whole", action="store_true")
     parser.add_argument("--batches", type=int)
-    parser.add_argument("--untried", action="store_true", help="let the plan reckon, and not try the longest row")
-    asked = parser.parse_args()
-    if asked.what == "length" and asked.limit is None:
+    parser.add_argument("--untried", action="store_true", help="plan without trying the longest row")
+    args = parser.parse_args()
+    if args.what == "length" and args.limit is None:
         parser.error("length needs --limit")
     setup()
     names = ["shape", "bits", "limit", "prompts", "completions", "prompt_length", "completion_length", "slots"]
-    setting = Setting(**{name: getattr(asked, name) for name in names})
-    if asked.what == "least":
+    setting = Setting(**{name: getattr(args, name) for name in names})
+    if args.what == "least":
         least(setting)
     else:
-        length(setting, asked.kv_bits, asked.tokens, asked.whole, asked.batches, not asked.untried)
+        length(setting, args.kv_bits, args.tokens, args.whole, args.batches, not args.untried)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""mlx-lm-lora's GRPO steps, timed, for `grpo bench train --peer-python`. Runs in an environment of its own.
+"""Times GRPO steps of mlx-lm-lora, for `grpo bench train --peer-python`. Runs in a separate environment.
 
 usage: mlx_lm_lora_steps.py MODEL PROMPTS COMPLETIONS PROMPT_LENGTH COMPLETION_LENGTH [--blas]
 
-Through its own entry point, with its defaults but for what must be the same on both sides: LoRA of rank 16 on every
-layer, AdamW, temperature 1, no penalty. A step for each line of input, whose figures are a line of JSON.
+Uses mlx-lm-lora's entry point and defaults, except for settings that must be the same on both sides: LoRA of rank 16 on
+every layer, AdamW, temperature 1, no penalty. Runs one step per line of input, and prints its figures as JSON.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from mlx_lm_lora.trainer.grpo_reward_functions import register_reward_function  
 
 
 @register_reward_function("bench_digits")
-def bench_digits(prompts, completions, answer, types=None):  # noqa: ARG001  its signature
+def bench_digits(prompts, completions, answer, types=None):  # noqa: ARG001  the signature is mlx-lm-lora's
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
 
 
@@ -41,7 +41,7 @@ draw = random.Random(0)
 def timed(**given):
     turns.begin()
     rows = given["prompt_tokens"]
-    rows[:] = [[draw.randrange(10, 300) for _ in range(prompt_length)] for _ in rows]  # the length that is asked for
+    rows[:] = [[draw.randrange(10, 300) for _ in range(prompt_length)] for _ in rows]  # the requested length
     given["tokenizer"].eos_token_ids = {10**9}  # nothing stops: every completion has its full length
     made = generate(**{**given, "end_token": ""})
     mx.eval(made[0])
@@ -52,7 +52,7 @@ def timed(**given):
 trainer.generate_grpo = timed
 cli.save_pretrained_merged = lambda **_: None
 Path("lora.yaml").write_text(json.dumps({"lora_parameters": {"rank": 16, "scale": 2.0, "dropout": 0.0}}))
-row = json.dumps({"prompt": "?", "answer": "1", "system": "?"})  # whose place is taken
+row = json.dumps({"prompt": "?", "answer": "1", "system": "?"})  # `timed` replaces its tokens
 Path("data").mkdir()
 Path("data/train.jsonl").write_text(f"{row}\n" * max(64, prompts))
 sys.argv = f"""x --model {model} --data data --train --train-mode grpo --train-type lora --num-layers -1 -c lora.yaml

@@ -1,16 +1,16 @@
-"""Draw random settings, plan each, make a step of it, and report the peak of memory over what was planned.
+"""Draws random settings, plans each setting, runs a step of it, and reports the ratio of peak to planned memory.
 
     python scripts/benchmarks/plan.py [--count 200] [--first 0] [--seconds 600]
 
-Models have random weights and sizes up to those of `qwen3-1m`. Rows, lengths, adapters, checkpointing, micro-batches
-and the memory's limit are drawn too. Every completion is as long as in the micro-batch that takes the most, as planned:
-as a rule of its greatest length, or shorter where attention keeps the scores of shorter rows alone. Each setting's line
-is JSON: what was drawn, bytes planned and seen, in all and by phase. A setting that the plan refuses, because the limit
-is too small, is told and not counted. The last line is a summary.
+Models have random weights and at most the size of `qwen3-1m`. Rows, lengths, adapters, checkpointing, micro-batches and
+the memory limit are random, too. Every completion has the length of the planned micro-batch that needs the most memory:
+usually the maximum length, or a shorter one if attention keeps the scores of shorter rows only. Each setting prints a
+line of JSON: the setting, and its planned and measured bytes, in total and by phase. A setting that the plan refuses,
+because the limit is too small, is printed but not counted. The last line is a summary.
 
-Where a CPU computes two micro-batches side by side, the plan is a bound: what both take if they are at their peaks at
-once, which happens by chance. Such settings are summed up apart, unless another phase takes the most. `taskset -c 0`
-shows what one core does, without any of them.
+If a CPU computes two micro-batches in parallel, the plan is an upper bound: the memory if both are at their peaks at
+the same time, which happens by chance. Such settings have a separate summary, unless another phase needs the most
+memory. `taskset -c 0` shows the results for one core, which has no such settings.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ from grpo.training.trainer import Trainer
 from grpo.types import Task
 
 MOST_WORK = 2e11
-"""Multiplications of a step, at most: some seconds."""
+"""Maximum number of multiplications per step: some seconds."""
 SCORE = 200
-"""Multiplications that take as long as what is done to a score."""
+"""Number of multiplications that take as long as the work on one attention score."""
 MOST_TURNS = 10_000
-"""Layers that decoding goes through, one row after another, at most."""
+"""Maximum number of layers that decoding computes one after another."""
 NEAR = 0.05
-"""How far a peak may be from its plan."""
+"""Relative difference between peak and plan that counts as near."""
 
 
 def drawn(number: int) -> dict[str, Any]:
-    """The setting of this number: the same at every call."""
+    """The setting with this number, the same at every call."""
     while True:
         choose = random.Random(number)
-        number += 1_000_003  # where a step would take too long, another takes its place
+        number += 1_000_003  # if a step would take too long, draw another setting
         heads = choose.choice([2, 4])
         setting: dict[str, Any] = {
             "depth": choose.choice([2, 3, 4, 8, 12]),
@@ -85,7 +85,7 @@ def drawn(number: int) -> dict[str, Any]:
             "slots": choose.choice([4, 16, 64]),
             "limit": choose.choice([None, choose.uniform(0.5, 1.0)]),
         }
-        if setting["limit"] is not None:  # or most of what is fixed could not be met
+        if setting["limit"] is not None:  # otherwise most fixed values would not fit
             setting |= {"checkpointing": "auto", "micro_batch_tokens": "auto"}
         layer = setting["hidden"] * (setting["inner"] * 3 + setting["head_dim"] * heads * 4)
         numbers = setting["depth"] * layer + setting["hidden"] * setting["vocabulary"]
@@ -149,7 +149,7 @@ def policy_of(setting: dict[str, Any], cfg: Recipe) -> Policy:
 
 
 def planned_trainer(setting: dict[str, Any], cfg: Recipe) -> tuple[Trainer, Plan]:
-    """A trainer as its plan decides, whose completions all have their greatest length. Raises TooLargeError."""
+    """A trainer with the settings of its plan, whose completions all have the planned length. Raises TooLargeError."""
     policy = policy_of(setting, cfg)
     generator = untold(policy.model, cfg.rollout.max_concurrency)
     length = setting["prompt_length"]
@@ -164,7 +164,7 @@ def planned_trainer(setting: dict[str, Any], cfg: Recipe) -> tuple[Trainer, Plan
     draw = random.Random(0)
     ids = [tuple(draw.randrange(1, setting["vocabulary"]) for _ in range(length)) for _ in range(setting["prompts"])]
     tasks = [Task(number, "", prompt, {}) for number, prompt in enumerate(ids)]
-    # No two rewards are equal: a row whose advantage is 0 would be left out of the update.
+    # All rewards differ, because a row with advantage 0 would be left out of the update.
     scorer = Scorer({"drawn": lambda completion_ids, **_: [random.Random(str(ids)).random() for ids in completion_ids]})
     trainer = Trainer(cfg, policy, Prompts(tasks), engine, scorer)
     trainer.update.gradients.alone = plan.alone
@@ -172,9 +172,9 @@ def planned_trainer(setting: dict[str, Any], cfg: Recipe) -> tuple[Trainer, Plan
 
 
 def as_after_an_update(trainer: Trainer) -> None:
-    """Let all be there that a run holds from its first update on.
+    """Allocate everything that a run holds from its first update on.
 
-    An optimizer's zeros are not computed before it, and an adapter's states have their arrays in common.
+    Before the first update, the optimizer's zeros are not computed, and the adapter's states share their arrays.
     """
     adapters = trainer.policy.adapters
     adapters.load_state({path: array + 0 for path, array in adapters.state().items()})
@@ -183,7 +183,7 @@ def as_after_an_update(trainer: Trainer) -> None:
 
 @contextmanager
 def watching(trainer: Trainer, peaks: dict[str, int]) -> Iterator[None]:
-    """Note the peak of each phase of a step."""
+    """A block that records the peak memory of each phase of a step."""
 
     def watched(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def called(*given: Any, **named: Any) -> Any:
@@ -207,7 +207,7 @@ def watching(trainer: Trainer, peaks: dict[str, int]) -> Iterator[None]:
 
 
 def measured(setting: dict[str, Any]) -> dict[str, Any]:
-    """What a setting was planned to take and took, in bytes."""
+    """The planned and the measured memory of a setting, in bytes."""
     gc.collect()
     mx.clear_cache()
     others = mx.get_active_memory()
@@ -245,14 +245,14 @@ def measured(setting: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=600)
-    asked = parser.parse_args()
+    parser.add_argument("--count", type=int, default=200, help="number of settings")
+    parser.add_argument("--first", type=int, default=0, help="number of the first setting")
+    parser.add_argument("--seconds", type=float, default=600, help="begin no further setting after this time")
+    args = parser.parse_args()
     setup()
     found, begun = [], time.perf_counter()
-    for number in range(asked.first, asked.first + asked.count):
-        if time.perf_counter() - begun > asked.seconds:
+    for number in range(args.first, args.first + args.count):
+        if time.perf_counter() - begun > args.seconds:
             break
         setting = drawn(number)
         found.append(measured(setting))
@@ -261,11 +261,11 @@ def main() -> None:
 
 
 def summed_up(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of all settings: how many peaks were near their plans, and how far off the others were."""
-    planned = [one for one in found if "over" in one]
-    exact = sorted(one["over"] for one in planned if not one["bound"])
-    bounds = sorted(one["over"] for one in planned if one["bound"])
-    limited = [one["peak"] / one["limit"] for one in planned if one["limit"]]
+    """The summary of all settings: the fraction of peaks near their plans, and the spread of the ratios."""
+    planned = [result for result in found if "over" in result]
+    exact = sorted(result["over"] for result in planned if not result["bound"])
+    bounds = sorted(result["over"] for result in planned if result["bound"])
+    limited = [result["peak"] / result["limit"] for result in planned if result["limit"]]
     summary: dict[str, Any] = {"settings": len(exact), "refused": len(found) - len(planned)}
     if exact:
         near = sum(abs(ratio - 1) <= NEAR for ratio in exact)
@@ -278,7 +278,7 @@ def summed_up(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def spread(ratios: list[float]) -> dict[str, float]:
-    """Of ratios in their order."""
+    """The lowest, the middle and the highest of sorted ratios."""
     return {"least": ratios[0], "middle": ratios[len(ratios) // 2], "most": ratios[-1]}
 
 

@@ -1,11 +1,11 @@
-"""TRL's GRPO steps on a CUDA machine, timed, to hold `grpo bench train --shape qwen3-0.6b` against.
+"""Times GRPO steps of TRL on a CUDA machine, for a comparison with `grpo bench train --shape qwen3-0.6b`.
 
 usage: trl_steps.py [--steps 5] [--prompts 8] [--completions 8] [--prompt-length 256] [--completion-length 128]
                     [--micro-batch ROWS] [--no-checkpointing]
 
-Gradients are checkpointed, as TRL does by default, and all rows go through the model at once unless told otherwise.
-Qwen3-0.6B's shape with random bf16 weights, rollouts by Hugging Face's generate, LoRA of rank 16 on every linear layer,
-no penalty. Needs torch, transformers, trl and peft in an environment of its own. Prints one line of JSON.
+By default, gradients are checkpointed, as in TRL's defaults, and all rows are one micro-batch. The model has
+Qwen3-0.6B's shape and random bf16 weights, rollouts use Hugging Face's generate, LoRA has rank 16 on every linear
+layer, and there is no penalty. Needs an environment with torch, transformers, trl and peft. Prints one line of JSON.
 """
 
 import argparse
@@ -36,7 +36,7 @@ for name, default in (
     ("completion-length", 128),
 ):
     parser.add_argument(f"--{name}", type=int, default=default)
-parser.add_argument("--micro-batch", type=int, help="completions at once; default: all")
+parser.add_argument("--micro-batch", type=int, help="completions per micro-batch (default: all)")
 parser.add_argument("--no-checkpointing", action="store_true")
 cli = parser.parse_args()
 rows = cli.prompts * cli.completions
@@ -66,7 +66,7 @@ texts = [" ".join(f"w{draw.randrange(1000, 100_000)}" for _ in range(cli.prompt_
 
 
 class Clock(TrainerCallback):
-    """Seconds of each step."""
+    """Measures the seconds of each step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []

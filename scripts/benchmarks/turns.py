@@ -1,10 +1,10 @@
-"""Two checkouts of this project, measured in turns on one machine: is a change as fast as what was before it?
+"""Measures two checkouts of this project in turns on one machine, to see whether a change makes it slower.
 
     python scripts/benchmarks/turns.py FORMER CHANGED [--shape qwen3-1m] [--turns 15] [--prompts 8] …
 
-A process of each checkout makes whole GRPO steps (`grpo bench train`), one after the other, never both at once. Printed
-are the ratios changed / former of each turn's seconds, by phase: median, and the 90 % interval of the median. Above 1
-the change is slower. The machine's noise meets both sides of a turn.
+One process per checkout runs whole GRPO steps (`grpo bench train`), one after the other, never both at the same time.
+Prints the ratio changed / former of each turn's seconds, by phase: the median, and the 90 % interval of the median.
+Above 1, the change is slower. The machine's noise affects both sides of a turn.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def start(checkout: Path, setting: dict[str, Any]) -> subprocess.Popen[str]:
 
 
 def measure(worker: subprocess.Popen[str]) -> dict[str, float]:
-    """One step of a checkout's process: seconds by phase, and its peak memory."""
+    """Run one step in a checkout's process: returns seconds by phase, and the peak memory."""
     assert worker.stdin is not None
     assert worker.stdout is not None
     worker.stdin.write("\n")
     worker.stdin.flush()
     line = worker.stdout.readline()
     if not line:
-        raise SystemExit("a checkout's process has ended; its error stands above")
+        raise SystemExit("a checkout's process has ended; see its error above")
     values: dict[str, float] = json.loads(line)
     return values
 
@@ -68,11 +68,11 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=15)
     for name, default in (("prompts", 8), ("completions", 8), ("prompt-length", 128), ("completion-length", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    asked = vars(parser.parse_args())
-    checkouts, turns = (asked.pop("former"), asked.pop("changed")), asked.pop("turns")
-    workers = [start(checkout, asked) for checkout in checkouts]
+    settings = vars(parser.parse_args())
+    checkouts, turns = (settings.pop("former"), settings.pop("changed")), settings.pop("turns")
+    workers = [start(checkout, settings) for checkout in checkouts]
     for worker in workers:
-        for _ in range(2):  # kernels are built, and memory is taken
+        for _ in range(2):  # the first steps build kernels and allocate memory
             measure(worker)
     rounds = []
     for turn in range(turns):
@@ -81,7 +81,7 @@ def main() -> None:
         rounds.append((measured[0], measured[1]))
     for worker in workers:
         worker.communicate()
-    print(f"{asked}, {turns} turns: changed / former")
+    print(f"{settings}, {turns} turns: changed / former")
     for phase in PHASES:
         ratios = [changed[phase] / former[phase] for former, changed in rounds]
         low, high = interval(ratios)

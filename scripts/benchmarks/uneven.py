@@ -1,11 +1,11 @@
-"""Whole steps of several processes whose conversations differ in length: prompts by ticket against fixed shares.
+"""Compares ways to distribute prompts over processes if conversations differ in length: tickets and fixed shares.
 
     mlx.launch -n 2 --env MKL_NUM_THREADS=1 -- python scripts/benchmarks/uneven.py [--shape qwen3-1m] [--turns 11] …
 
-Both ways take turns in the same processes, with the same prompts and draws. A conversation of a prompt has as many
-turns as the prompt says: of some 1, of few `--most`. Printed is the ratio ticket / share of each pair's seconds (below
-1 the tickets are faster), median and 90 % interval, and how long the processes waited for one another in a step. With
-`--even` all conversations have the same number of turns: that is what tickets cost.
+Both ways take turns in the same processes, with the same prompts and draws. The prompt determines the number of turns
+of its conversations: most prompts have few turns, some have up to `--most`. Prints the ratio ticket / share of each
+pair's seconds (below 1, tickets are faster), its median and 90 % interval, and how unevenly the processes sampled. With
+`--even`, all conversations have the same number of turns, which shows the cost of tickets.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TOLD = tuple(range(5, 13))
 
 
 class Conversations:
-    """Every row of a prompt has the same number of turns, up to `most`; half of all prompts have 1 or 2."""
+    """An environment in which every row of a prompt has the same number of turns, from 1 to `most`, mostly few."""
 
     def __init__(self, most: int, even: bool) -> None:
         self.most, self.even, self.step = most, even, 0
@@ -64,13 +64,13 @@ class Conversations:
 
 @contextmanager
 def by_share() -> Iterator[None]:
-    """Within, each process has its share from the beginning."""
+    """A block in which each process gets a fixed share of the tasks."""
     with patch.object(Deal, "of", lambda ranks, total, room: Deal(ranks.share(range(total)), ranks)):  # noqa: ARG005
         yield
 
 
 def timed(trainer: Any, ranks: Ranks, step: int) -> tuple[float, float]:
-    """Seconds of a step, and how long this process sampled."""
+    """Seconds of a step, and of this process's rollout in it."""
     ranks.wait()
     start = time.perf_counter()
     values = trainer.step(step).values
@@ -90,20 +90,20 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--shape", default="qwen3-1m")
     parser.add_argument("--even", action="store_true")
-    asked = vars(parser.parse_args())
+    args = vars(parser.parse_args())
     setup()
     ranks = Ranks.launched()
     setting = Setting(
-        **{one.name: asked[one.name] for one in fields(Setting) if one.name in asked and one.name != "slots"}
+        **{one.name: args[one.name] for one in fields(Setting) if one.name in args and one.name != "slots"}
     )
     trainer = step_trainer(setting, ranks)
-    engine, talks = trainer.engine, Conversations(asked["most"], asked["even"])
-    engine.environment, engine.generator.slots = talks, asked["slots"]
+    engine, talks = trainer.engine, Conversations(args["most"], args["even"])
+    engine.environment, engine.generator.slots = talks, args["slots"]
     engine.generator.neighbours = ranks.neighbours
-    engine.generator.stop_ids = frozenset(range(0, vocabulary_of(trainer.policy.model), asked["mean"]))
+    engine.generator.stop_ids = frozenset(range(0, vocabulary_of(trainer.policy.model), args["mean"]))
     found: list[tuple[float, float]] = []
     rollouts: list[tuple[float, float]] = []
-    for turn in range(asked["turns"] + 1):
+    for turn in range(args["turns"] + 1):
         talks.step, seconds = turn, {}
         for way in ("share", "ticket") if turn % 2 == 0 else ("ticket", "share"):
             if way == "share":
@@ -113,7 +113,7 @@ def main() -> None:
                 seconds[way] = timed(trainer, ranks, turn + 1)
         if ranks.first:
             print({way: [round(one, 2) for one in times] for way, times in seconds.items()}, flush=True)
-        if turn:  # the first one builds kernels
+        if turn:  # the first turn builds kernels
             found.append((seconds["share"][0], seconds["ticket"][0]))
             rollouts.append((seconds["share"][1], seconds["ticket"][1]))
     waits = [
@@ -121,8 +121,8 @@ def main() -> None:
     ]
     if ranks.first:
         ratios = [ticket / share for share, ticket in found]
-        kind = "even" if asked["even"] else "uneven"
-        print(f"{setting}, {ranks.size} processes, {asked['slots']} slots each, {kind} turns")
+        kind = "even" if args["even"] else "uneven"
+        print(f"{setting}, {ranks.size} processes, {args['slots']} slots each, {kind} turns")
         low, high = interval(ratios)
         print(f"ticket / share: {median(ratios):.3f} ({low:.3f} to {high:.3f}) of {len(ratios)} pairs of steps")
         for way, name in enumerate(("share", "ticket")):

@@ -1,12 +1,12 @@
-"""Unsloth's GRPO steps on MLX, timed, for `grpo bench train --peer unsloth --peer-python`. Runs in its own environment.
+"""Times GRPO steps of Unsloth on MLX, for `grpo bench train --peer unsloth --peer-python`. Runs in its own environment.
 
 usage: unsloth_steps.py MODEL PROMPTS COMPLETIONS PROMPT_LENGTH COMPLETION_LENGTH
                         [--blas] [--no-checkpointing] [--no-cce] [--no-compile]
 
-unsloth_zoo 2026.10.9 alone (`pip install --no-deps unsloth_zoo`), beside mlx, mlx-lm, transformers and numpy: no torch.
-With its defaults but for what must be the same on both sides: LoRA of rank 16 on every linear layer, AdamW,
-temperature 1, no penalty, all of a step's rows at once. A step for each line of input, whose figures are a line of
-JSON. What is wrapped, to be timed: `GRPOBatchPlan._generate` (rollout and reward) and `generate_batch` (rollout).
+It needs only unsloth_zoo 2026.10.9 (`pip install --no-deps unsloth_zoo`), mlx, mlx-lm, transformers and numpy, but no
+torch. Uses Unsloth's defaults, except for settings that must be the same on both sides: LoRA of rank 16 on every linear
+layer, AdamW, temperature 1, no penalty, all rows of a step in one batch. Runs one step per line of input, and prints
+its figures as a line of JSON. It wraps `GRPOBatchPlan._generate` (rollout and reward) and `generate_batch` (rollout).
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from served import Turns, preload_blas
 prompts, completions, prompt_length, completion_length = map(int, sys.argv[2:6])
 options = set(sys.argv[6:])
 if odd := options - {"--blas", "--no-checkpointing", "--no-cce", "--no-compile"}:
-    sys.exit(f"no option {min(odd)}")
+    sys.exit(f"there is no option {min(odd)}")
 if "--blas" in options:
     preload_blas()
-# On Linux it does not import otherwise: a switch of its own that leaves torch and CUDA alone.
+# Unsloth cannot be imported on Linux without its own switch, which disables torch and CUDA.
 os.environ.update(HF_HUB_OFFLINE="1", UNSLOTH_ZOO_DISABLE_GPU_INIT="1", TOKENIZERS_PARALLELISM="false")
 
 import mlx.core as mx  # noqa: E402  after the BLAS
@@ -38,7 +38,8 @@ from unsloth_zoo.mlx.trainer import MLXGRPOConfig, MLXGRPOTrainer  # noqa: E402
 
 
 def copied_model(source: Path, folder: Path) -> int:
-    """The model with a tokenizer of one word a token, whose end token has no logit: nothing stops. Its vocabulary."""
+    """Copy the model with a tokenizer of one word per token, whose end token has no logit, so that no completion stops
+    early. Returns the size of the vocabulary."""
     folder.mkdir()
     config = json.loads((source / "config.json").read_text())
     vocabulary = config["vocab_size"]
@@ -53,8 +54,8 @@ def copied_model(source: Path, folder: Path) -> int:
     return vocabulary
 
 
-def parity(prompts, completions, completion_ids, **_):  # noqa: ARG001  its signature
-    """What our own side scores: how many token ids are even."""
+def parity(prompts, completions, completion_ids, **_):  # noqa: ARG001  the signature is TRL's
+    """The reward of grpo's side: the number of even token ids."""
     return [float(sum(i % 2 == 0 for i in ids)) for ids in completion_ids]
 
 

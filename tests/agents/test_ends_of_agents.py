@@ -62,12 +62,12 @@ def raises(client: Client) -> None:
         (asks(lambda _: Reply("timeout", error="too late")), Failure("timeout", "too late"), "rollout_timeout"),
         (
             asks(lambda _: Reply(value='{"reward": "much"}')),
-            Failure("error", 'its process answered what is no result: \'{"reward": "much"}\''),
+            Failure("error", 'its process sent an invalid result: \'{"reward": "much"}\''),
             "failed",
         ),
         (
             lambda _: 1.0,
-            Failure("error", f"it asked the model nothing that was answered: {ENDPOINT}"),
+            Failure("error", f"it got no answer from the model: {ENDPOINT}"),
             "failed",
         ),
     ],
@@ -199,7 +199,7 @@ def test_prompts_have_limits(office: Agency) -> None:
 def test_too_long_a_first_prompt_alone_is_nothing_asked(office: Agency) -> None:
     one = office.one(lambda client: client.refused(range(30, 39)) and 1.0, longest=8)
     assert one.conversation.failure.error == (
-        "it asked the model nothing that was answered: the first prompt has 9 tokens, and data.max_prompt_length is 8: "
+        "it got no answer from the model: the first prompt has 9 tokens, but data.max_prompt_length is 8: "
         "raise it, or begin with a shorter prompt"
     )
 
@@ -281,7 +281,7 @@ def test_a_session_that_is_over_is_refused(office: Agency) -> None:
     client.api_key = "another"
     status, told = client.post("/v1/chat/completions", {"messages": QUESTION})
     assert status == 401
-    assert told["error"]["message"].startswith("wrong API key: use the api_key that run() is given, or in a program ")
+    assert told["error"]["message"].startswith("wrong API key: use the api_key that run() gets, or in a program ")
 
 
 def test_what_an_agent_does_not_wait_for_is_refused_and_not_trained(office: Agency) -> None:

@@ -96,7 +96,7 @@ def test_of_environments_it_is_said_how_their_conversations_ended() -> None:
     metrics = StepMetrics(1, {"completions/clipped_ratio": 0.0}, (Group(Task(0, "", (), {}), tuple(talks)),))
     (line,) = of_first(metrics, {"Game": 1.0}, ["Game"])
     assert "Game rewarded no conversation" in line
-    assert "2 of 3 conversations ended by length. To have them rewarded, raise rollout.max_completion_length" in line
+    assert "2 of 3 conversations ended by length. To get rewards, raise rollout.max_completion_length" in line
     assert "returned None" not in line
     assert "grpo rewards" not in line
     (line,) = of_first(metrics, {"exact": 1.0, "Game": 1.0}, ["Game"])
@@ -109,7 +109,7 @@ def test_of_environments_it_is_said_how_their_conversations_ended() -> None:
     [
         (
             ["max_turns", "max_turns", "done"],
-            "2 of 3 conversations ended by max_turns: see whether environment.max_turns",
+            "2 of 3 conversations ended by max_turns: check whether environment.max_turns",
         ),
         (["max_turns", "done"], None),
         (["done", "done"], None),

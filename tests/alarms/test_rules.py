@@ -178,7 +178,7 @@ def test_sampler_and_trainer_apart() -> None:
     assert kinds([{gap: 2.9e-3}, {gap: 3.1e-3}, {gap: 9e-3}]) == [("sampler", 2)]
     assert kinds([{gap: 0.5, unfiltered: 1e-6}]) == []  # filters do not count
     (alarm,), _ = watched([{gap: math.nan}])
-    assert alarm.what == "the sampler gave NaN for the logprobs of some tokens"
+    assert alarm.what == "the sampler's logprobs of some tokens are NaN"
     (alarm,), _ = watched([{gap: 3.1e-3}])
     assert alarm.what.endswith("3.1 times what rounding in float32 explains (0.001)")
 

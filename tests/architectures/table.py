@@ -26,13 +26,13 @@ COLUMNS = (
 )
 JOINED, OWN, CACHES, ROW_BY_ROW = "joined layers", "own layers", "batch caches", "batch caches, row by row"
 NOTES = {
-    CACHES: "Sliding windows, recurrent states and latent attention are decoded through mlx-lm's batch caches: each "
-    "row has a copy of its prompt, and a step is slower.",
-    ROW_BY_ROW: "Soft-capped attention takes no masks of several rows: rows are decoded one by one, and each "
-    "completion trains with a prompt of its own.",
-    "experts": "A layer's experts are one array in mlx-lm, and elsewhere layers of their own or another array. An "
-    "adapter whose `adapter.targets` leave them out (`[self_attn.q_proj, …]`) goes to PEFT; `--format fused` takes "
-    "everything.",
+    CACHES: "Models with sliding windows, recurrent states or latent attention decode through mlx-lm's batch caches: "
+    "each row has a copy of its prompt, and decoding is slower.",
+    ROW_BY_ROW: "Soft-capped attention accepts no masks for several rows: rows are decoded one by one, and each "
+    "completion trains with its own copy of the prompt.",
+    "experts": "mlx-lm keeps a layer's experts in one array; PEFT's models keep them as separate layers, or in another "
+    "array. To export to PEFT, leave the experts out of `adapter.targets` (`[self_attn.q_proj, …]`). `--format fused` "
+    "exports everything.",
 }
 """What there is to say where something is not supported."""
 

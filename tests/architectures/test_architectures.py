@@ -107,7 +107,7 @@ def test_exports_compute_the_same(measured: Measure, name: str, bits: int | None
     assert model.fused_gap < 1e-4
     if model.no_peft is not None:
         assert model.experts
-        assert "adapter.targets that leave them out" in model.no_peft
+        assert "adapter.targets without experts" in model.no_peft
 
 
 def test_an_adapter_that_leaves_experts_out_goes_to_peft(folders: dict[str, Path]) -> None:
@@ -145,7 +145,7 @@ def test_routers_train_where_they_are_named(folders: dict[str, Path]) -> None:
 
 
 def test_experts_have_no_dora(folders: dict[str, Path]) -> None:
-    with pytest.raises(UserError, match=r"Take lora, or name adapter\.targets without it"):
+    with pytest.raises(UserError, match=r"Use lora, or set adapter\.targets without this layer"):
         train(folders["Mixtral"], None, folders["Mixtral"].with_name("dora"), "adapter.type=dora")
 
 

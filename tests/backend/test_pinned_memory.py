@@ -32,15 +32,15 @@ def test_what_cannot_be_locked_is_refused_with_what_is_there_and_why(driver: Dri
     with pytest.raises(UserError) as error:
         arena.take(4 * pinned.PIECE)
     assert str(error.value) == (
-        "optim.offload_activations: 0.2 GB of the machine's memory hold layers' inputs, and there is no more for them "
-        "(CUDA's driver says CUDA_ERROR_OUT_OF_MEMORY). Leave it out, or take fewer tokens at once "
-        "(optim.micro_batch_tokens)"
+        "optim.offload_activations: 0.2 GB of the machine's memory hold layers' inputs, and the machine has no more "
+        "memory for them (CUDA's driver says CUDA_ERROR_OUT_OF_MEMORY). Remove the setting, or lower "
+        "optim.micro_batch_tokens"
     )
 
 
 def test_some_of_the_machine_s_memory_is_left_to_others(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pinned, "available", lambda: pinned.LEAST - 1)
-    with pytest.raises(UserError, match=r"no more for them \(1\.0 GB are free\)"):
+    with pytest.raises(UserError, match=r"no more memory for them \(1\.0 GB are free\)"):
         pinned.Arena().take(1)
     assert driver.locked == []
 

@@ -121,7 +121,7 @@ def test_a_process_that_hears_nobody_says_so_of_itself(later: float) -> None:
         link.heard -= later
     second._look()
     assert second.loss is not None
-    assert second.loss.text.startswith("process 1 of 3 (host1) has heard none of the others for 10 s")
+    assert second.loss.text.startswith("process 1 of 3 (host1) has heard nothing from the others for 10 s")
     assert second.alone
     assert not second.heir  # the others save
     first = ring(3)[0]
@@ -231,7 +231,7 @@ def test_who_is_missing_in_an_exchange_is_known_from_the_beats(caplog: pytest.Lo
         first._say_missing()
         second._say_missing()
         first._say_missing()
-    assert caplog.messages == ["waiting for process 2 of 3 (host2), which is alive and not as far, for 120 s"]
+    assert caplog.messages == ["waiting for process 2 of 3 (host2), which is alive but has not got this far, for 120 s"]
     with third.exchange():
         third._tell({"at": third.counts})
         listen(first)
@@ -319,7 +319,7 @@ def test_a_stranger_does_not_come_in(monkeypatch: pytest.MonkeyPatch) -> None:
         links, wrong = doors[0].links([known[0], known[1]._replace(secret="")])
         assert stranger.recv(10) == b""
     assert links == []
-    assert wrong == f"{known[1].host} does not answer at port {known[1].port} of 127.0.0.1"
+    assert wrong == f"{known[1].host} does not answer on port {known[1].port} of 127.0.0.1"
     doors[1]._listener.close()
 
 
@@ -395,7 +395,7 @@ def test_a_stopped_process_of_this_machine_is_ended(
     watch._look()
     assert ended == [(4712, signal.SIGKILL)]
     assert watch.loss is not None
-    assert "was stopped, silent for 10 s, and has been ended" in watch.loss.text
+    assert "was stopped (silent for 10 s), so grpo ended it" in watch.loss.text
 
 
 def test_a_silent_process_of_this_machine_that_runs_is_waited_for(
@@ -416,7 +416,7 @@ def test_a_silent_process_of_this_machine_that_runs_is_waited_for(
     assert ended == []
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1
-    assert "process 1 of 2 (host) has been silent for 10 s, but it runs" in said[0]
+    assert "process 1 of 2 (host) has been silent for 10 s, but still runs" in said[0]
     running.clear()  # stopped meanwhile
     link.heard -= 11
     watch._look()
@@ -438,5 +438,5 @@ def test_whether_a_process_runs() -> None:
 @pytest.mark.parametrize("said", ["soon", "0", "2.9", "nan", "inf"])
 def test_a_silence_that_is_none_is_a_mistake(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
     monkeypatch.setenv("GRPO_RANK_SILENCE", said)
-    with pytest.raises(UserError, match=f"GRPO_RANK_SILENCE: '{said}' is no number of seconds from 3 on"):
+    with pytest.raises(UserError, match=f"GRPO_RANK_SILENCE: '{said}' is not a number of seconds that is at least 3"):
         silence()

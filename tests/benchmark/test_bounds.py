@@ -60,7 +60,7 @@ def test_too_few_turns_and_rows_of_other_names_are_not_judged() -> None:
     (verdict,) = judge([bound(most=0.0)], [row([0.5] * 4)])
     assert not verdict.falls_short
     assert not verdict.holds
-    assert "fewer than 5 runs do not tell" in verdict.line()
+    assert "undecided: fewer than 5 runs" in verdict.line()
     assert judge([bound(side="other"), bound(unit="s"), bound(case="x*")], [row([0.5] * 5)]) == []
     assert judge([bound()], [row([])]) == []  # held against nothing
 
@@ -79,7 +79,7 @@ def test_where_a_bound_applies(monkeypatch) -> None:
     assert bounds_for(table, "other", FIVE) == []
     monkeypatch.setattr(bounds, "machine_words", lambda: frozenset({"GPU", "CUDA", "NVIDIA", "H200"}))
     assert bounds_for(table, "b", FIVE) == [table[1]]
-    with pytest.raises(UserError, match=r"nothing of `bench other` is bounded here"):
+    with pytest.raises(UserError, match=r"no bound applies to `bench other`"):
         required_bounds(table, "other", FIVE)
     with pytest.raises(UserError, match="--runs 5"):
         required_bounds(table, "b", Setting(shape="qwen3-tiny", runs=4))
@@ -157,21 +157,21 @@ def test_a_shortfall_ends_the_command_and_is_named(tmp_path, capsys) -> None:
     assert [one["falls_short"] for one in written["bounds"]] == [True, False]
     report.report("b", FIVE, lambda: rows, None, check=None)
     assert "bounds" not in capsys.readouterr().out
-    with pytest.raises(RunError, match="nothing was measured of what is bounded"):
+    with pytest.raises(RunError, match="none of the bounded rows was measured"):
         report.report("b", FIVE, list, None, check)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (("[[bound]]", "[[bond]]"), "holds [[bound]] tables and nothing else"),
+        (("[[bound]]", "[[bond]]"), "may contain only [[bound]] tables"),
         (("[[bound]]", "[[bound]"), "not TOML: "),
         (('why = "?"', ""), "bound 2: why is missing"),
-        (("most", "mots"), "bound 2: unknown key mots; there are benchmark, side"),
-        (("most = 0.05", ""), "bound 2: bounds nothing: give least or most"),
+        (("most", "mots"), "bound 2: unknown key mots; the keys are benchmark, side"),
+        (("most = 0.05", ""), "bound 2: it has no limit: add least or most"),
         (("0.05", '"5 %"'), "bound 2: most is '5 %'"),
         (("overhead", "over"), "bound 2: figure is 'over'; expected speed-up, overhead, value"),
-        (("why", "setting = {shap = 1}\nwhy"), "bound 2: a setting has no shap"),
+        (("why", "setting = {shap = 1}\nwhy"), "bound 2: there is no setting shap"),
     ],
 )
 def test_a_mistake_in_a_file_of_bounds_is_named(tmp_path, change: tuple[str, str], said: str) -> None:

@@ -58,7 +58,7 @@ def test_our_rows_stop_where_they_are_told_to() -> None:
 def test_rows_that_cannot_be_as_long_as_they_were_told_are_refused() -> None:
     model = model_for(VARIED)
     generator = rollout.untold(model, VARIED.at_once)
-    with pytest.raises(RunError, match="has not sampled the lengths"):
+    with pytest.raises(RunError, match="has not sampled the requested lengths"):
         forced.sample(generator, rollout.requests_of(VARIED, model), [2] * 6, Sampling(max_tokens=1), logprobs=False)
 
 

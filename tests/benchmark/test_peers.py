@@ -48,7 +48,7 @@ def test_a_process_works_once_for_each_line() -> None:
     [
         ("print('no numbers')", "Expecting value"),
         ("print(7)", "it answered '7'"),
-        ("", "it ended with code 0, without a word"),
+        ("", "it exited with code 0 without output"),
         ("raise SystemExit('broken')", "broken"),
     ],
 )

@@ -116,7 +116,7 @@ def test_a_server_that_has_read_other_prompts_is_found_out(speaker: Speaker) -> 
     side = _side(STREAMED, answer, asks)
     assert [side.run(), side.run()] == [{"tok/s": 5.0}] * 2
     assert sent == [asks.bodies(0, True), asks.bodies(1, True)]
-    with pytest.raises(RunError, match="has read 79 tokens of prompts that have 80"):
+    with pytest.raises(RunError, match="has read 79 prompt tokens instead of 80"):
         _side(SERVED, lambda _: {"s": 2.0, "prompt tokens": 79, "tokens": 10}, asks).run()
 
 
@@ -131,7 +131,7 @@ def test_a_shape_without_room_for_the_template_s_tokens_is_refused() -> None:
     from grpo.benchmark import serving
     from grpo.benchmark.setting import Setting
 
-    with pytest.raises(UserError, match="qwen3-tiny has 256 tokens, and its tokenizer 276: choose a larger shape"):
+    with pytest.raises(UserError, match="qwen3-tiny has 256 tokens, but its tokenizer has 276: choose a larger shape"):
         next(serving.serving_costs(Setting("qwen3-tiny"), [1], peer=False))
 
 

@@ -105,7 +105,7 @@ def test_other_tokens_are_an_error_on_a_cpu(monkeypatch) -> None:
 
 def test_a_model_without_wide_steps_is_said_to_have_none(monkeypatch) -> None:
     monkeypatch.setattr(KnownDrafts, "width", lambda *_: 1)
-    with pytest.raises(RunError, match="decoded one token at a time"):
+    with pytest.raises(RunError, match="decodes one token at a time"):
         speculation_gains(SMALL, [1])
 
 
@@ -146,9 +146,9 @@ def test_ways_to_speculate_are_read() -> None:
     [
         (["--pool", "4"], "nothing without --recipe"),
         (["--ways", "3"], "nothing without --recipe"),
-        (["--recipe", str(RECIPES / "sorting.yaml"), "--accepted", "2"], "--accepted means nothing with --recipe"),
-        (["--recipe", str(RECIPES / "sorting.yaml"), "--prompts", "4"], "only --runs counts"),
-        (["--recipe", str(RECIPES / "sorting.yaml"), "--no-lora"], "only --runs counts"),
+        (["--recipe", str(RECIPES / "sorting.yaml"), "--accepted", "2"], "--accepted has no effect with --recipe"),
+        (["--recipe", str(RECIPES / "sorting.yaml"), "--prompts", "4"], "remove the options for these"),
+        (["--recipe", str(RECIPES / "sorting.yaml"), "--no-lora"], "remove the options for these"),
     ],
 )
 def test_options_of_the_other_protocol_are_refused(given, said) -> None:

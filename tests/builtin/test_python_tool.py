@@ -21,7 +21,8 @@ def test_what_a_conversation_is_like() -> None:
     assert tool.python("print(y)") == "3"
     assert tool.python("print(1)\n1/0").startswith("1\nTraceback (most recent call last):\n")
     assert tool.python("import os; os._exit(3)") == (
-        "[the interpreter was stopped: it ended: exit code 3. A new one is there; what was defined before is gone]"
+        "[the interpreter was stopped: it ended: exit code 3. "
+        "The next call uses a new one; earlier definitions are lost]"
     )
     assert tool.python("y").endswith("NameError: name 'y' is not defined")
     tool.python("y = 1")

@@ -25,8 +25,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     ("override", "said"),
     [
         ("log.use=[nofile.py:log]", "logger 'nofile.py:log': there is no file nofile.py"),
-        ("log.use=[mine.py:lg]", "mine.py:lg': no function 'lg' there. Did you mean 'log'?"),
-        ("log.use=[mine.py:two]", "mine.py:two': missing a required argument: 'b'; it is called with one"),
+        ("log.use=[mine.py:lg]", "mine.py:lg': no function 'lg' in it. Did you mean 'log'?"),
+        ("log.use=[mine.py:two]", "mine.py:two': missing a required argument: 'b'; grpo calls it with one"),
     ],
 )
 def test_a_logger_is_looked_for_before_the_model_is_loaded(run_cli, recipe, override: str, said: str) -> None:
@@ -81,7 +81,7 @@ def test_a_run_that_is_there_is_no_hindrance_and_stays_as_it_is(run_cli, recipe)
     assert run_cli("train", recipe).code == 0
     Path("runs/toy/checkpoints/.step-000002.replaced").mkdir()
     before = contents(Path("runs"))
-    holds = "runs/toy holds a run: training takes --resume, --overwrite or another output_dir"
+    holds = "runs/toy holds a run: training needs --resume, --overwrite or another output_dir"
     for flags, hindered in ([], True), (["--overwrite"], False), (["--resume"], False):
         ran = run_cli("train", recipe, "--dry-run", *flags)
         assert (ran.code, ran.err) == (0, "")
@@ -108,7 +108,7 @@ def test_files_that_no_run_wrote_are_a_hindrance(run_cli, recipe) -> None:
     Path("precious/metrics.jsonl").write_text("mine")
     ran = run_cli("train", recipe, "output_dir=precious", "--dry-run")
     assert (ran.code, len(ran.err.splitlines())) == (2, 1)
-    assert "has a metrics.jsonl that no run of ours wrote" in ran.err
+    assert "has a metrics.jsonl that no grpo run wrote" in ran.err
 
 
 def test_each_reward_is_called_once(run_cli, recipe: Path) -> None:

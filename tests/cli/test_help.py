@@ -110,13 +110,13 @@ def test_an_option_that_is_none_stays_one(run_cli) -> None:
         ("data.alpha=32", "unknown key data.alpha. Valid here: source,"),
         (
             "optim.betas=[0.9, 0.99]",
-            "Did you mean optim.optimizer_args.betas? An optimizer's own arguments stand in op",
+            "Did you mean optim.optimizer_args.betas? Arguments of the optimizer belong in op",
         ),
         ("momentum=0.9", "Did you mean optim.optimizer_args.momentum?"),
         ("loss.momentum=0.9", "unknown key loss.momentum. Valid here: "),
         (
             "optim.optimizer=adamw_8bit",
-            "Moments in 8 bits are a setting of their own, for each of these: optim.moments",
+            "For 8-bit moments, set optim.moments",
         ),
         ("log.report=true", "unknown key log.report. Valid here: wandb, tensorboard, trackio, use, completions, kl.\n"),
     ],
@@ -131,7 +131,11 @@ def test_what_was_probably_meant(run_cli, recipe, override: str, said: str) -> N
     ("wanted", "column", "said"),
     [
         ("answer", "gold", "Is it gold? Write data.columns: {answer: gold}"),
-        ("solution", "answers", "If a column holds it under another name, write data.columns: {solution: THAT_NAME}"),
+        (
+            "solution",
+            "answers",
+            "If the dataset has the column under another name, write data.columns: {solution: THAT_NAME}",
+        ),
         ("answer", "answers", "Is it answers? Write data.columns: {answer: answers}"),
         ("tests", "unit_tests", "Is it unit_tests? Write data.columns: {tests: unit_tests}"),
     ],

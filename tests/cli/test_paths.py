@@ -56,10 +56,10 @@ def test_every_command_on_a_run_says_what_was_probably_meant(tmp_path, monkeypat
         ("quickstart", "there is no such folder. Did you mean runs/quickstart?"),
         ("runs/other", "there is no such folder"),
         ("nowhere/quickstart", "there is no such folder. Did you mean runs/quickstart?"),
-        ("runs", "not a run's folder; it holds runs: name one of them, such as runs/quickstart"),
-        (str(tmp_path), "not a run's folder: there is no recipe.yaml of a run in it"),
-        (f"{run}/checkpoints/step-000001", "not a run's folder, but a part of the run runs/quickstart: name the run"),
-        (f"{run}/checkpoints", "not a run's folder, but a part of the run runs/quickstart: name the run"),
+        ("runs", "not a run's folder; it contains runs: name one of them, such as runs/quickstart"),
+        (str(tmp_path), "not a run's folder: it has no recipe.yaml of a run"),
+        (f"{run}/checkpoints/step-000001", "not a run's folder, but part of the run runs/quickstart: name the run"),
+        (f"{run}/checkpoints", "not a run's folder, but part of the run runs/quickstart: name the run"),
     ):
         ran = run_cli(*command, name)
         assert (ran.code, ran.err) == (2, f"grpo: {name}: {said}\n")

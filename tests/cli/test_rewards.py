@@ -84,7 +84,7 @@ def test_failures_that_are_alike_are_one_line(run_cli, tmp_path) -> None:
     ran = run_cli("rewards", "test", tmp_path / "mine.py", "--timeout", "0.2")
     assert ran.code == 1
     assert "'' and 2 more: timeout: no answer in 0.2 s" in ran.out
-    assert " and 41 more: error: not tried" in ran.out
+    assert " and 41 more: error: not called" in ran.out
     assert len(ran.out.splitlines()) == 4
 
 
@@ -94,21 +94,21 @@ def test_what_is_printed_again_and_again_is_counted(run_cli, tmp_path) -> None:
     ran = run_cli("rewards", "test", tmp_path / "mine.py")
     assert ran.code == 0
     assert ran.err.count("[mine] hello\n") == 1
-    assert " more, the same as above)" in ran.err
+    assert " more lines, the same as above)" in ran.err
 
 
 @pytest.mark.parametrize(
     ("cases", "said"),
     [
-        ("[('ab', 0.5)]", "CASES: ['ab', 0.5] is no dictionary of completion, score"),
+        ("[('ab', 0.5)]", "CASES: a case is a dictionary of completion, score"),
         (
             "{'completion': 'ab', 'score': 1}",
-            "CASES: expected a list of cases, or a dictionary of such lists by function, got {'completion'",
+            "CASES: expected a list of cases, or a dictionary from function names to lists of cases, got {'completion'",
         ),
-        ("[{'completion': 'ab', 'score': 1, 'kwargs': 3}]", "is no dictionary"),
-        ("[{'completion': 'ab', 'score': '1'}]", "has no score: a number, or None"),
-        ("[{'completion': 'ab'}]", "has no score: a number, or None"),
-        ("3", "CASES: expected a list of cases, or a dictionary of such lists by function, got 3"),
+        ("[{'completion': 'ab', 'score': 1, 'kwargs': 3}]", "a case is a dictionary"),
+        ("[{'completion': 'ab', 'score': '1'}]", "needs a score: a number, or None"),
+        ("[{'completion': 'ab'}]", "needs a score: a number, or None"),
+        ("3", "CASES: expected a list of cases, or a dictionary from function names to lists of cases, got 3"),
     ],
 )
 def test_cases_that_are_none_are_the_users_mistake(run_cli, tmp_path, cases: str, said: str) -> None:
@@ -122,10 +122,11 @@ def test_cases_that_are_none_are_the_users_mistake(run_cli, tmp_path, cases: str
     [
         (
             "",
-            """no cases, and a case is what gives columns such as gold: CASES = [{"completion": "It is 7.", "gold":""",
+            "Columns such as gold come from cases, and the reward has none. Write cases in its file, or in a file for "
+            '--cases: CASES = [{"completion": "It is 7.", "gold":',
         ),
-        ("CASES = [{'completion': 'a', 'score': 1, 'answer': 'a'}]", "Its cases give it the columns answer"),
-        ("CASES = [{'completion': 'a', 'score': 1}]", "Its cases give no columns"),
+        ("CASES = [{'completion': 'a', 'score': 1, 'answer': 'a'}]", "Its cases have the columns answer"),
+        ("CASES = [{'completion': 'a', 'score': 1}]", "Its cases have no columns"),
     ],
 )
 def test_columns_that_no_case_gives(run_cli, tmp_path, cases: str, said: str) -> None:
@@ -140,7 +141,7 @@ def test_a_reward_of_live_environments_is_tried_in_a_run(run_cli, tmp_path, take
     (tmp_path / "mine.py").write_text(f"def reward({takes}):\n{body}")
     ran = run_cli("rewards", "test", tmp_path / "mine.py")
     assert ran.code == 2
-    assert "cannot be tried on cases: try it in a run of one step (grpo train RECIPE optim.steps=1)" in ran.err
+    assert "cannot be tested on cases: test it in a run of one step (grpo train RECIPE optim.steps=1)" in ran.err
     assert "CASES" not in ran.err
 
 
@@ -239,10 +240,8 @@ def test_too_few_scores_for_several_completions_are_a_failure(run_cli, tmp_path,
     (tmp_path / "mine.py").write_text(f"def reward(completions, **_):\n    return {returned}\n")
     ran = run_cli("rewards", "test", tmp_path / "mine.py")
     assert (ran.code, "45 completions, 0 failures" in ran.out) == (1, True)
-    said = (
-        "several completions in one call, as in a run: error: 1 score for 4 completions; a reward returns one for each"
-    )
-    assert said in ran.out
+    said = "error: 1 score for 4 completions; a reward returns one score per completion"
+    assert f"several completions in one call, as in a run: {said}" in ran.out
     assert "failed on several completions in one call" in ran.err
 
 
@@ -253,4 +252,4 @@ def test_too_few_scores_for_several_completions_are_a_failure(run_cli, tmp_path,
 def test_a_reward_that_scores_nothing_is_warned_of(run_cli, tmp_path, score, warns) -> None:
     (tmp_path / "mine.py").write_text(f"def reward(completions, **_):\n    return [{score} for text in completions]\n")
     ran = run_cli("rewards", "test", tmp_path / "mine.py")
-    assert (ran.code, "warning: it returned None for every completion" in ran.out) == (0, warns)
+    assert (ran.code, "warning: the reward returned None for every completion" in ran.out) == (0, warns)

@@ -58,13 +58,13 @@ def test_cases_of_a_reward_that_goes_by_its_file(run_cli, here) -> None:
     [
         (["mine.py:short", "--cases", "absent.json"], "cases absent.json: cannot be read"),
         (["mine.py:short", "--cases", "broken.json"], "cases broken.json: cannot be read: Expecting"),
-        (["mine.py:short", "--cases", "none.py"], "cases none.py: there is no CASES in it"),
+        (["mine.py:short", "--cases", "none.py"], "cases none.py: the file defines no CASES"),
         (
             ["mine.py:short", "--no-fuzz"],
-            "reward 'short': it has no cases, and without the fuzz there is nothing to try",
+            "reward 'short' has no cases, so without the fuzz there is nothing to test",
         ),
         (["mine.py:short", "--column", "answer"], "--column answer: expected NAME=VALUE"),
-        (["typo.py:short"], "CASES: there are cases for 'shrot', and the file has no function of that name"),
+        (["typo.py:short"], "CASES has cases for 'shrot', but the file has no function of that name"),
     ],
 )
 def test_what_cannot_be_tried_is_the_users_mistake(run_cli, here, arguments: list[str], said: str) -> None:

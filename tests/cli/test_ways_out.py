@@ -40,23 +40,23 @@ def test_a_dry_run_ends_with_its_result(recipe, run_cli) -> None:
     Path("digits.py").write_text("def reward(completions, **_):\n    return [1.0]\n")
     failed = run_cli("train", recipe, "--dry-run")
     assert (failed.code, "all checks passed" in failed.out) == (2, False)
-    assert "1 score for 4 completions; a reward returns one for each" in failed.err
+    assert "1 score for 4 completions; a reward returns one score per completion" in failed.err
 
 
 def test_a_finished_run_that_is_resumed_says_how_to_train_further(recipe, run_cli) -> None:
     assert run_cli("train", recipe).code == 0
     again = run_cli("train", recipe, "--resume")
     assert again.code == 0
-    assert "no step is left to train: optim.steps is 2, and" in again.out
+    assert "no steps left to train: optim.steps is 2, and" in again.out
     assert "set optim.steps to more" in again.out
-    assert "nothing was trained: the run had finished after step 2\n" in again.out
-    assert "goes on after" not in again.out
+    assert "nothing was trained: the run had already finished after step 2\n" in again.out
+    assert "resumes after" not in again.out
     further = run_cli("train", recipe, "optim.steps=3", "--resume-changed")
-    assert "goes on after step 2 from" in further.out
+    assert "resumes after step 2 from" in further.out
     assert "finished after step 3\n" in further.out
     fewer = run_cli("train", recipe, "optim.steps=1", "--resume-changed")
-    assert "no step is left to train: optim.steps is 1, and" in fewer.out
-    assert "is after step 3" in fewer.out
+    assert "no steps left to train: optim.steps is 1, and" in fewer.out
+    assert "was written after step 3" in fewer.out
 
 
 def test_best_is_step_0_where_no_adapter_was_as_good(recipe, run_cli) -> None:

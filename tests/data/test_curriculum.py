@@ -127,7 +127,7 @@ def test_over_other_tasks_or_another_measure_it_begins_and_says_so(curriculum, c
     former.observe([tried(former, 0, 1)])
     source.load_state(former.state())
     assert source.state() == fresh.state()
-    assert f"its solve rates are of other {named}, so it begins anew" in caplog.text
+    assert f"starts from scratch, because the checkpoint's solve rates are of other {named}" in caplog.text
 
 
 def test_other_weights_and_thresholds_take_the_rates_over(curriculum) -> None:

@@ -59,7 +59,7 @@ def test_columns_go_by_the_names_that_a_recipe_gives_them(tmp_path: Path) -> Non
 def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path, old: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"inner": {"gold": "3"}, "answer": "no", "many": [1]}))
-    said = f"data.columns.right: no column {old!r} in row 0 of {path}; there is inner, answer, many"
+    said = f"data.columns.right: no column {old!r} in row 0 of {path}; it has inner, answer, many"
     with pytest.raises(UserError, match=re.escape(said)):
         load_rows(config(source=str(path), columns={"right": old}))
 
@@ -82,7 +82,9 @@ def test_items_are_counted_from_either_end(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"save_to_disk did not write: name a file in it, .*/\*\.jsonl \(\.jsonl, "):
+    with pytest.raises(
+        UserError, match=r"save_to_disk did not write this folder: name a file in it, .*/\*\.jsonl \(\.jsonl, "
+    ):
         load_rows(config(source=str(tmp_path)))
     with pytest.raises(UserError, match=r"no such file or folder \(\.jsonl, "):
         load_rows(config(source=str(tmp_path / "absent")))
@@ -97,7 +99,7 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
         ("none.json", "[]", {}, "has no rows"),
         ("bad.jsonl", "{not json", {}, "cannot be read as jsonl: line 1, column 2: Expecting property name"),
         ("bad.jsonl", '{"question": "?"}\n\nnot json\n', {}, "line 3, column 1: Expecting value"),
-        ("bad.jsonl", '{"question": "?"}\n[1]\n', {}, "line 2 is no object: [1]"),
+        ("bad.jsonl", '{"question": "?"}\n[1]\n', {}, "line 2 is not an object: [1]"),
         ("good.jsonl", '{"question": "?"}', {"split": "test"}, "a file is one split, 'train'; there is no 'test'"),
     ],
 )
@@ -166,13 +168,13 @@ def test_template_arguments_reach_the_chat_template(toy) -> None:
 @pytest.mark.parametrize(
     ("settings", "row", "said"),
     [
-        ({"prompt": "qestion"}, {"question": "?"}, "no column 'qestion' in row 0 of rows; there is question"),
-        ({"prompt": "{qestion}!"}, {"question": "?"}, "no column 'qestion' in row 0 of rows; there is question"),
+        ({"prompt": "qestion"}, {"question": "?"}, "no column 'qestion' in row 0 of rows; it has question"),
+        ({"prompt": "{qestion}!"}, {"question": "?"}, "no column 'qestion' in row 0 of rows; it has question"),
         ({"prompt": "{question"}, {"question": "?"}, "is not a template"),
-        ({"prompt": "{0}"}, {"question": "?"}, "a template holds names of columns"),
-        ({"prompt": "{question:>9}"}, {"question": "?"}, "a template holds names of columns"),
-        ({"prompt": "{question}"}, {"question": [{"role": "user", "content": "?"}]}, "is no text for a template"),
-        ({"chat_template": "never"}, {"question": ""}, "comes to no tokens"),
+        ({"prompt": "{0}"}, {"question": "?"}, "a template may contain only column names"),
+        ({"prompt": "{question:>9}"}, {"question": "?"}, "a template may contain only column names"),
+        ({"prompt": "{question}"}, {"question": [{"role": "user", "content": "?"}]}, "a template takes only text"),
+        ({"chat_template": "never"}, {"question": ""}, "has no tokens; check the model's tokenizer"),
         ({}, {"question": 7}, "neither text nor a list of messages"),
         ({}, {"question": [{"text": "?"}]}, "neither text nor a list of messages"),
     ],

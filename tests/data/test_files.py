@@ -76,7 +76,7 @@ def test_of_several_files_the_one_at_fault_is_named(tmp_path: Path) -> None:
     assert f"data {bad}: cannot be read as jsonl: line 2" in refused((str(good), str(bad)))
     table = tmp_path / "numbers.csv"
     table.write_text("question\n7\n")
-    assert "columns do not agree" in refused((str(good), str(table)))
+    assert "columns differ" in refused((str(good), str(table)))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_saved_folders(tmp_path: Path) -> None:
     DatasetDict(train=rows, held_out=rows.select([1])).save_to_disk(tmp_path / "splits")
     assert questions(str(tmp_path / "one")) == questions(str(tmp_path / "splits")) == ["one", "two"]
     assert questions(str(tmp_path / "splits"), split="held_out") == ["two"]
-    assert "no split 'test'; there is train, held_out" in refused(str(tmp_path / "splits"), split="test")
+    assert "no split 'test'; it has train, held_out" in refused(str(tmp_path / "splits"), split="test")
     assert "one dataset, split 'train'; there is no 'test'" in refused(str(tmp_path / "one"), split="test")
     assert "data.config is for Hub datasets" in refused(str(tmp_path / "one"), config="main")
     next((tmp_path / "one").glob("*.arrow")).write_bytes(b"damaged")

@@ -88,15 +88,15 @@ def test_rows_of_a_function(found, name: str, settings: dict, questions: list[st
         ("absent", {}, "no function 'absent' there"),
         ("rows", {"kwargs": {"m": 1}}, "unexpected keyword argument 'm'"),
         ("some", {"kwargs": {"split": "x"}}, "its argument `split` comes from data.split"),
-        ("rows", {"split": "test"}, "takes no `split`, so its rows are one split, 'train'; there is no 'test'"),
-        ("splits", {"split": "dev"}, "no split 'dev'; there is train, test"),
+        ("rows", {"split": "test"}, "has no parameter `split`, so its rows are one split, 'train'; there is no 'test'"),
+        ("splits", {"split": "dev"}, "no split 'dev'; it has train, test"),
         ("broken", {}, r"it raised RuntimeError: no such table \(mine.py:\d+\)"),
         ("none", {}, "its result is of type NoneType; expected rows"),
         ("text", {}, "its result is of type str; expected rows"),
         ("one", {}, "its result is of type dict; expected rows"),
-        ("texts", {}, "row 0 is not a dict with names of columns, but str: 'a'"),
+        ("texts", {}, "row 0 is not a dict with column names, but str: 'a'"),
         ("empty", {}, "split 'train' has no rows"),
-        ("endless", {}, "more than 1,000 rows, as if it had no end"),
+        ("endless", {}, "more than 1,000 rows, so it may be infinite"),
     ],
 )
 def test_functions_that_will_not_do(found, monkeypatch, name: str, settings: dict, said: str) -> None:
@@ -107,5 +107,5 @@ def test_functions_that_will_not_do(found, monkeypatch, name: str, settings: dic
 
 
 def test_a_function_in_source_is_sent_to_use() -> None:
-    with pytest.raises(UserError, match=r"named by data\.use"):
+    with pytest.raises(UserError, match=r"set data\.use"):
         load_rows(DataConfig(source="mine.py:rows"))

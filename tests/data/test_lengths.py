@@ -107,7 +107,9 @@ def test_a_token_without_an_embedding_is_found_in_the_last_row(toy) -> None:
     vocabulary = max(toy[1].encode("?")) if max(toy[1].encode("?")) > highest else None
     text, known = ("?", vocabulary) if vocabulary else ("x", highest)
     rows = [{"question": "?" if text == "x" else "x"}] * 99 + [{"question": text}]
-    with pytest.raises(UserError, match=rf"row 99 of rows has token {known}, and the model's vocabulary is of {known}"):
+    with pytest.raises(
+        UserError, match=rf"row 99 of rows has a token {known}, but the model's vocabulary has only {known}"
+    ):
         measure_lengths(rows, renderer(toy, vocabulary=known))
 
 

@@ -71,7 +71,7 @@ def test_the_system_message_comes_before_messages_too(toy) -> None:
 
 @pytest.mark.parametrize("role", ["system", "developer"])
 def test_a_second_system_message_is_refused(toy, role: str) -> None:
-    with pytest.raises(UserError, match=rf"data.system: row 3 of rows.jsonl has a {role} message of its own"):
+    with pytest.raises(UserError, match=rf"data.system: row 3 of rows.jsonl already has a {role} message"):
         rendered(toy, [SYSTEM | {"role": role}, QUESTION], system="Be brief.")
 
 
@@ -101,5 +101,5 @@ def test_messages_that_will_not_do(toy, messages: object, said: str) -> None:
 
 def test_what_a_template_refuses_names_the_row(toy) -> None:
     toy[1].chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(UserError, match=r"refuses row 3 of rows.jsonl: roles must alternate"):
+    with pytest.raises(UserError, match=r"rejects row 3 of rows.jsonl: roles must alternate"):
         rendered(toy, [QUESTION, QUESTION])

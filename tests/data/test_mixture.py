@@ -147,7 +147,7 @@ def test_a_sampler_s_tasks_have_to_be_of_its_source() -> None:
     task = Task(0, "a", (), {}, "other")
     with pytest.raises(UserError, match=r"the sampler of 'code' gave a task of the source 'other'"):
         mixture(code=Odd([task])).take(20)
-    with pytest.raises(UserError, match=r"the sampler of 'code' was to give \d+ tasks, and gave 0"):
+    with pytest.raises(UserError, match=r"the sampler of 'code' must give \d+ tasks, but gave 0"):
         mixture(code=Odd([])).take(20)
 
 

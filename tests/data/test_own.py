@@ -65,7 +65,7 @@ def test_what_it_raises_is_one_line_with_the_place(method: str) -> None:
 @pytest.mark.parametrize("state", ["{1, 2}", "{'tasks': [self.stream]}", "{(1, 2): 3}"])
 def test_a_state_that_no_checkpoint_can_hold(state: str) -> None:
     source = own(CLASS.replace('{"seen": [1]}', state))
-    with pytest.raises(RunError, match=r"what state\(\) returns goes into checkpoints as JSON, and .*Return dicts"):
+    with pytest.raises(RunError, match=r"checkpoints store the result of state\(\) as JSON, but .*Return dicts"):
         source.state()
 
 
@@ -74,5 +74,5 @@ def test_what_a_stream_refuses_stays_as_it_is() -> None:
     source._source.take.__globals__["UserError"] = UserError
     with pytest.raises(UserError, match=r"^no tasks$"):
         source.take(1)
-    with pytest.raises(UserError, match=re.escape("take(2) has to return a list of 2 tasks")):
+    with pytest.raises(UserError, match=re.escape("take(2) must return a list of 2 tasks")):
         taken(own(), 2)

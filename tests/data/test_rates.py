@@ -52,9 +52,11 @@ def test_for_a_curriculum_alone_all_rows_stay(file) -> None:
 
 @pytest.mark.parametrize("rows", [ROWS[:5], [*ROWS[:5], {"question": "other?", "gold": 5}], ROWS[::-1]])
 def test_rates_of_other_rows_are_refused(file, rows) -> None:
-    with pytest.raises(UserError, match=r"rates are of other rows \(mine, split train: 6 rows\).*--split train"):
+    with pytest.raises(
+        UserError, match=r"rates were measured on other rows \(mine, split train: 6 rows\).*--split train"
+    ):
         known_rates(config(curriculum={}), rows)
-    with pytest.raises(UserError, match=r"rates are of other rows"):
+    with pytest.raises(UserError, match=r"rates were measured on other rows"):
         prepared_rows(rows, config(solve_rate=(0, 1)))
 
 
@@ -78,7 +80,7 @@ def test_nothing_between_is_said(file) -> None:
 )
 def test_what_is_no_such_file_is_said(file, text: str, said: str) -> None:
     file.write_text(text)
-    with pytest.raises(UserError, match=f"rates.jsonl: {said} is not what grpo eval --solve-rates writes"):
+    with pytest.raises(UserError, match=f"rates.jsonl: {said} is not in the format of grpo eval --solve-rates"):
         known_rates(config(curriculum={}), ROWS)
     file.unlink()
     with pytest.raises(UserError, match=r"rates.jsonl: No such file"):

@@ -57,10 +57,10 @@ def test_held_out_rows_are_other_tasks(toy) -> None:
 @pytest.mark.parametrize(
     ("give", "said"),
     [
-        (lambda tasks: None, r"source Own: take\(3\) has to return a list of 3 tasks .*, and it returned NoneType"),
-        (lambda tasks: tasks[:2], "and it returned 2: begin anew where the tasks are used up"),
-        (lambda tasks: [*tasks, *tasks], "and it returned 6"),
-        (lambda tasks: [*tasks[:2], None], "there is NoneType among them: a stream gives None"),
+        (lambda tasks: None, r"source Own: take\(3\) must return a list of 3 tasks .*, but it returned NoneType"),
+        (lambda tasks: tasks[:2], "but it returned 2: start over when the tasks are used up"),
+        (lambda tasks: [*tasks, *tasks], "but it returned 6"),
+        (lambda tasks: [*tasks[:2], None], "the list contains NoneType: a stream gives None"),
     ],
 )
 def test_what_a_source_gives_are_as_many_tasks_as_were_asked_for(stream, give, said) -> None:

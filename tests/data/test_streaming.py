@@ -108,7 +108,7 @@ def test_with_another_window_or_file_the_epoch_begins_again(
     path.write_text("".join(lines[:rows]))
     after = stream(config(str(path), window=window))
     after.load_state(state)
-    assert f"is of another {said}, so epoch 1 begins again" in caplog.text
+    assert f"epoch 1 begins again, because the checkpoint was written with another {said}" in caplog.text
     assert sorted(indices(after.take(rows))) == [*range(rows)]
     assert after.state()["epoch"] == 1
 
@@ -130,7 +130,7 @@ def test_what_cannot_be_asked_is_left_out_and_counted(tmp_path: Path) -> None:
     assert {task.index for task in rows.take(6)} == {0, 3, 6}
     assert rows.metrics()["dropped_prompts"] >= 9
     path.write_text('{"question": null}\n' * 9)
-    with pytest.raises(UserError, match=r"8 rows one after the other have a prompt that is null or longer"):
+    with pytest.raises(UserError, match=r"8 consecutive rows have a prompt that is null or longer"):
         stream(config(str(path), window=4)).take(1)
 
 

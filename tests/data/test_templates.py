@@ -35,11 +35,11 @@ def test_what_is_missing_has_no_prompt(value: object) -> None:
     ("value", "said"),
     [
         (b"What", r"column 'x' of row 5 of rows is binary \(4 bytes\), not text"),
-        ([], "no text for a template"),
-        (["a", "b"], r"no text for a template, but \['a', 'b'\].*\{first: x.0\}"),
-        ([1, None], "no text for a template"),
-        ([1, math.nan], "no text for a template"),
-        ({"a": 1}, "no text for a template"),
+        ([], "a template takes only text"),
+        (["a", "b"], r"is \['a', 'b'\]; a template takes only text.*\{first: x.0\}"),
+        ([1, None], "a template takes only text"),
+        ([1, math.nan], "a template takes only text"),
+        ({"a": 1}, "a template takes only text"),
     ],
 )
 def test_values_that_are_no_text_are_refused_by_name(value: object, said: str) -> None:

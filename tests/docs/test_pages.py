@@ -88,9 +88,3 @@ def test_the_loop_is_25_lines_and_the_names_are_there() -> None:
     loop = block("python.md", "python", "import grpo\n")
     assert len([line for line in loop.splitlines() if line.strip()]) <= 25
     assert set(re.findall(r"grpo\.(\w+)", loop + block("python.md", "py"))) <= set(grpo.__all__)
-
-
-def test_the_rollout_of_ones_own_runs(run_cli, recipe, tmp_path: Path) -> None:
-    Path("doubts.py").write_text(block("environments.md", "python", "class Doubts"))
-    ran = run_cli("train", recipe, "output_dir=run", "environment={use: 'doubts.py:Doubts'}", "optim.steps=1")
-    assert ran.code == 0, ran.err

@@ -11,7 +11,7 @@ from grpo.builtin.student import Student
 TUTORIALS, CONCEPTS = (
     sorted(f"{folder}/{path.name}" for path in (PAGES / folder).glob("*.md")) for folder in ("tutorials", "concepts")
 )
-GUIDES = ["quickstart.md", "memory.md", "rewards.md"]
+GUIDES = [f"{name}.md" for name in ("quickstart", "memory", "rewards", "run-folder", "running", "watching")]
 """Pages that are no tutorials and whose blocks run all the same."""
 QUICK = [f"concepts/{name}.md" for name in ("corrections", "logprobs", "normalizers", "step")]
 QUICK.append("tutorials/debugging.md")

@@ -151,7 +151,7 @@ def test_what_is_no_environment_and_no_tool(talking: Path, given: dict, said: st
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("rewards=[]", "rewards: a run needs one with a weight: the"),
+        ("rewards=[]", "rewards: the run needs a reward with a weight: the"),
         ("advantage.turns=turn", "turn does nothing: the env"),
     ],
 )

@@ -154,7 +154,7 @@ def test_a_run_of_an_earlier_session_is_gone_on_with_or_replaced(short) -> None:
     trainer(short("whole")).train()
     trainer(short(), at_step(2, lambda: grpo.STOP)).train()
     with pytest.raises(
-        grpo.UserError, match=r"go on with it \(train\(resume=True\)\).*replace it \(train\(overwrite=True\)"
+        grpo.UserError, match=r"resume it \(train\(resume=True\)\).*replace it \(train\(overwrite=True\)"
     ):
         trainer(short()).train()
     assert trainer(short()).train(resume=True).step == 4
@@ -164,9 +164,7 @@ def test_a_run_of_an_earlier_session_is_gone_on_with_or_replaced(short) -> None:
     def other(completions, **_):
         return [0.5 * len(text) for text in completions]
 
-    with pytest.raises(
-        grpo.UserError, match=r"train\(resume=True, changed=True\) goes on all the same:\n  rewards.0.use"
-    ):
+    with pytest.raises(grpo.UserError, match=r"train\(resume=True, changed=True\) resumes anyway:\n  rewards.0.use"):
         trainer(short(), rewards=[other]).train(resume=True)
 
 
@@ -216,7 +214,7 @@ def test_commands_take_the_run_as_far_as_they_can(short, run_cli) -> None:
     assert run_cli("export", "run", "--format", "mlx").code == 0
     ran = run_cli("eval", "run")
     assert ran.code == 2
-    assert "'__main__:mine': this was a Python object of the session that made the run" in ran.err
+    assert "'__main__:mine': this was a Python object in the session that created the run" in ran.err
 
 
 @pytest.mark.parametrize("form", ["list", "dataset", "pandas", "generator", "file"])

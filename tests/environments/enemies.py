@@ -143,7 +143,7 @@ class Wrong(Good):
         return [1, 2]
 
     def blocks(self) -> str:
-        """Blocks that JSON does not hold."""
+        """Blocks that JSON cannot represent."""
         return [{"type": "text", "text": Thing()}]
 
     def unprintable(self) -> str:

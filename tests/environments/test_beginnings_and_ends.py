@@ -125,7 +125,7 @@ def test_a_prompt_that_reset_makes_too_long_fails() -> None:
     good, bad = (r.trajectory for r in play(host, {21: [33, END]}, n=2, longest=3).rollouts)
     assert (good.finish_reason, bad.finish_reason) == ("stop", "failed")
     assert bad.conversation.failure == Failure(
-        "error", "the prompt has 4 tokens after reset, and data.max_prompt_length is 3"
+        "error", "the prompt has 4 tokens after reset, but data.max_prompt_length is 3"
     )
 
 
@@ -159,7 +159,7 @@ def test_prompts_that_begin_differently_are_refused() -> None:
     firsts = iter([[5], [6]])
     chat.prompt_ids = lambda messages: next(firsts)
     engine = RolloutEngine(Scripted({}), Sampling(), Conversations({"": Table(host, chat)}, 0, 9))
-    with pytest.raises(RunError, match="the prompts of a group begin with different tokens"):
+    with pytest.raises(RunError, match="the prompts of a group must share at least their first token"):
         engine.rollout([TASK], 2, 1.0, [1])
     assert [seat.released for seat in host.all] == [1, 1]
 
@@ -172,7 +172,7 @@ class Twice:
 
 def test_a_prompt_is_chosen_before_rows_begin() -> None:
     engine = RolloutEngine(Scripted({21: [END]}), Sampling(), Twice())
-    with pytest.raises(RunError, match="environment Twice, row 4 of data: rows of this task were begun before, after"):
+    with pytest.raises(RunError, match="environment Twice, row 4 of data: rows of this task have begun already, after"):
         engine.rollout([TASK], 1, 1.0, [1])
 
 
@@ -210,7 +210,7 @@ def test_a_row_s_environment_is_named_by_its_column() -> None:
     assert hosts["a"].all[0].asked[0][1] == {"prompt": "20 21", "answer": "4"}
     assert hosts["a"].all[0].group == 1
     wrong = Task(5, ASKED, TASK.prompt_ids, {"environment": "aa"})
-    with pytest.raises(UserError, match=r"row 5 of data has 'aa' in the column 'environment', and there is a, b"):
+    with pytest.raises(UserError, match=r"row 5 of data has 'aa' in the column 'environment', but the recipe has a, b"):
         engine.rollout([wrong], 1, 1.0, [1])
     engine.environment.tables = {"": tables["a"]}
     engine.rollout([wrong], 1, 1.0, [1])

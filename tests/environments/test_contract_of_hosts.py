@@ -142,10 +142,10 @@ def test_the_column_that_chose_is_not_passed(host) -> None:
         ),
         (
             "NoWords",
-            "`far: The far to look up.`. If the model is not to call it, let its name begin with an under",
+            "`far: The far to look up.`. If the model must not call it, start its name with an under",
         ),
         ("search", rf"search\(\) missing 2 required .* {place('search')}: .* the model to call belongs in `tools`$"),
-        ("NoObject", r"it cannot be made: RuntimeError: no board \(.*games.py:\d+\)"),
+        ("NoObject", r"cannot be created: RuntimeError: no board \(.*games.py:\d+\)"),
     ],
 )
 def test_what_cannot_be_is_said_before_the_run(host, name: str, said: str, inline: bool) -> None:
@@ -155,11 +155,11 @@ def test_what_cannot_be_is_said_before_the_run(host, name: str, said: str, inlin
 
 @HERE
 def test_arguments_that_a_class_does_not_have(host, inline: bool) -> None:
-    said = rf"'Guess': it cannot be made: Guess\(\) takes no arguments {place('Guess')}: it is called with"
+    said = rf"'Guess': cannot be created: Guess\(\) takes no arguments {place('Guess')}: it is called with"
     with pytest.raises(UserError, match=said):
         _ = host("Guess", inline=inline, kwargs={"sise": 3}).description
     with pytest.raises(
-        UserError, match=rf"^tools.0: it cannot be made: .* 'sise' {place('Counter')}: it is called with"
+        UserError, match=rf"^tools.0: cannot be created: .* 'sise' {place('Counter')}: it is called with"
     ):
         _ = host(None, [("Counter", {"sise": 3})], inline=inline).description
 

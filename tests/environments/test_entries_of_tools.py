@@ -75,21 +75,21 @@ def host(request: pytest.FixtureRequest):
 @pytest.mark.parametrize(
     ("tool", "kwargs", "said"),
     [
-        ("Fails", {}, "tools.1: it cannot be made: ValueError: no key is given (FILE:16)"),
-        ("Fails", {"kind": "exit"}, "tools.1: it cannot be made: SystemExit: no (FILE:15)"),
+        ("Fails", {}, "tools.1: cannot be created: ValueError: no key is given (FILE:16)"),
+        ("Fails", {"kind": "exit"}, "tools.1: cannot be created: SystemExit: no (FILE:15)"),
         (
             "Keyed",
             {},
-            "tools.1: it cannot be made: Keyed.__init__() missing 1 required positional argument: 'key' (FILE:20): it "
-            "is called with what the recipe gives it in `kwargs`",
+            "tools.1: cannot be created: Keyed.__init__() missing 1 required positional argument: 'key' (FILE:20): it "
+            "is called with the arguments in the recipe's `kwargs`",
         ),
-        ("Empty", {}, "tools.1: Empty (FILE:31) has no public method, so it offers the model nothing to call"),
+        ("Empty", {}, "tools.1: Empty (FILE:31) has no public method for the model to call"),
         ("look", {"limit": 1}, "tools.1.kwargs: look (FILE:34) got an unexpected keyword argument 'limit'"),
         (
             "look",
             {},
-            "tools.1: two tools are called 'look', one of this entry and one of the environment (Room), and a model "
-            "could not tell them apart: rename one",
+            "tools.1: two tools are named 'look', one in this entry and one in the environment (Room). The model "
+            "could not tell them apart: rename one of them",
         ),
     ],
 )
@@ -114,7 +114,7 @@ def test_two_entries_of_one_name() -> None:
     tools = [ToolConfig(use="rooms.py:look"), ToolConfig(use="rooms.py:look")]
     host = make_host(EnvironmentConfig(workers=1), tools)
     try:
-        with pytest.raises(UserError, match=r"^tools\.1: two tools are called 'look', one of this entry and one of to"):
+        with pytest.raises(UserError, match=r"^tools\.1: two tools are named 'look', one in this entry and one in to"):
             _ = host.description
     finally:
         host.close()

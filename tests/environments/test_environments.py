@@ -108,11 +108,11 @@ def test_draws_depend_neither_on_slots_nor_on_what_is_awaited_when(make_policy) 
 
 def test_the_environment_of_the_manual(make_policy) -> None:
     space: dict = {}
-    exec(block("environments.md", "python", "class Doubts"), space)
+    exec(block("extending.md", "python", "class Twice"), space)
     toy = make_policy()
     tasks = tasks_of(toy, *QUESTIONS)
-    found = trajectories(RolloutEngine(toy.generator, SAMPLING, space["Doubts"]()), tasks)
-    asked = toy.tokenizer.encode(" Are you sure?", add_special_tokens=False)
+    found = trajectories(RolloutEngine(toy.generator, SAMPLING, space["Twice"]()), tasks)
+    asked = toy.tokenizer.encode(" Sure?", add_special_tokens=False)
     spans = [[i for t, i in zip(one.trained, one.token_ids, strict=True) if not t] for one in chain(*found)]
     assert asked in spans
     assert all(span in ([], asked) for span in spans)
@@ -137,7 +137,7 @@ def test_each_part_of_a_task_draws_by_itself(make_policy) -> None:
     engine.environment = Parts(2, 0, 1)
     assert trajectories(engine, tasks)[0] == [third, first, second]
     engine.environment = Parts(0, 1, 1)
-    with pytest.raises(RunError, match="part 1 of this task was begun before"):
+    with pytest.raises(RunError, match="part 1 of this task has begun already"):
         engine.rollout(tasks, 3, 1.0, KEY)
 
 
@@ -149,14 +149,16 @@ class Elsewhere:
 def test_rows_begin_after_the_task_s_prompt(make_policy) -> None:
     """They are trained on as what followed that."""
     toy = make_policy()
-    with pytest.raises(RunError, match=r"a row begins after task\.prompt_ids"):
+    with pytest.raises(RunError, match=r"a row must begin with task\.prompt_ids"):
         RolloutEngine(toy.generator, SAMPLING, Elsewhere()).rollout(tasks_of(toy, "?"), 2, 1.0, KEY)
 
 
 def test_a_group_has_as_many_trajectories_as_it_should(make_policy) -> None:
     toy = make_policy()
     engine = RolloutEngine(toy.generator, SAMPLING, Parts(0, 1))
-    with pytest.raises(RunError, match="environment Parts, row 0 of data: it made 2 trajectories, and a group has 3"):
+    with pytest.raises(
+        RunError, match="environment Parts, row 0 of data: it returned 2 trajectories, but a group has 3"
+    ):
         engine.rollout(tasks_of(toy, "?"), 3, 1.0, KEY)
 
 
@@ -299,7 +301,7 @@ def test_environments_by_name_and_by_file(tmp_path) -> None:
         ("mine", "write file.py:Class, .*or package.module:Class"),
         (f"{file}:Lazy", "Lazy has no method rollout"),
         (f"{file}:Costly", "it cannot be made: TypeError"),
-        (f"{file}:Nobody", "no class 'Nobody' there"),
+        (f"{file}:Nobody", "no class 'Nobody' in it"),
     ):
         with pytest.raises(UserError, match=said):
             find_environment(name)

@@ -100,12 +100,12 @@ def test_what_may_be_returned(hosts, kind: str, value) -> None:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("text", f"the reward that it returned is not a usable number: 'good'. {NUMBERS}"),
-        ("nan", f"the reward that it returned is not a usable number: nan. {NUMBERS}"),
-        ("list", f"the reward that it returned is not a usable number: [1.0]. {NUMBERS}"),
-        ("no reward", "it returned a dict without 'reward'; it has score"),
+        ("text", f"the returned reward is not a usable number: 'good'. {NUMBERS}"),
+        ("nan", f"the returned reward is not a usable number: nan. {NUMBERS}"),
+        ("list", f"the returned reward is not a usable number: [1.0]. {NUMBERS}"),
+        ("no reward", "it returned a dict without 'reward'; the dict has score"),
         ("metric", f"the metric 'score' is not a usable number: 'high'. {NUMBERS}"),
-        ("metric name", "it returned a metric called 3: names are texts"),
+        ("metric name", "it returned a metric named 3: names must be nonempty strings"),
         ("infinite", f"the metric 'score' is not a usable number: inf. {NUMBERS}"),
     ],
 )
@@ -132,7 +132,9 @@ def test_an_error_in_a_library_has_the_agent_s_own_line(hosts, function: str) ->
 
 @pytest.mark.parametrize("function", ["generator", "generator_later"])
 def test_a_function_that_yields_is_told_to_return(hosts, function: str) -> None:
-    assert ran(hosts(function)) == Reply("error", error="it yields: return the reward, and do not yield")
+    assert ran(hosts(function)) == Reply(
+        "error", error="it is a generator: use `return` for the reward instead of `yield`"
+    )
 
 
 def test_a_process_that_dies_takes_its_agents_along() -> None:
@@ -191,9 +193,9 @@ def test_no_proxy_stands_between_an_agent_and_the_model(monkeypatch: pytest.Monk
         ("run", {}, ["start"], None),
         ("run", {"kwargs": {"start": 1}}, [], None),
         ("run", {}, ["other"], "run: missing a required argument: 'start'"),
-        ("without_url", {}, [], "without_url takes no base_url, and could not ask the model"),
+        ("without_url", {}, [], "without_url has no parameter base_url, so it cannot call the model"),
         ("plain", {"kwargs": {"bonsu": 1}}, ["start"], "kwargs.bonsu: plain has no such argument"),
-        ("run", {"kwargs": {"data": 1}}, ["start"], "kwargs.data: is not the recipe's to give"),
+        ("run", {"kwargs": {"data": 1}}, ["start"], "kwargs.data: grpo sets this argument itself"),
     ],
 )
 def test_what_does_not_fit_is_found_before_the_run(hosts, function: str, settings, columns, said) -> None:

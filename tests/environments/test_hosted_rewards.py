@@ -143,7 +143,7 @@ def test_a_function_that_was_given_as_an_object_is_imported_by_other_processes(f
     """What only this session knows cannot be had there."""
     host = make_host(EnvironmentConfig(use=f"{Path(games.__file__)}:Walk"))
     try:
-        with pytest.raises(UserError, match=r"^reward .*a Python object of the session.*Put it into a file"):
+        with pytest.raises(UserError, match=r"^reward .*a Python object in the session.*Put it into a file"):
             host.load_reward(HostedReward(Located("own", "__main__:own", "reward"), {}, function=lambda **_: [0.0]))
         located = Located("exits", f"{file}:exits", "reward")
         assert host.load_reward(HostedReward(located, {}, function=lambda **_: [0.0])).calls == "group"

@@ -140,7 +140,7 @@ def test_an_asynchronous_call_that_can_be_ended_costs_no_process(host) -> None:
         ("exit", "crash", "its process ended in a call (exit code 3)"),
         ("segfault", "crash", "its process ended in a call (SIGSEGV)"),
         ("fill", "memory", "it used more than memory_gb (0.6) in a call"),
-        ("noise", "crash", "its process made no sense in a call (KeyError: 'id')"),
+        ("noise", "crash", "its process sent an invalid message in a call (KeyError: 'id')"),
     ],
 )
 def test_what_ends_the_process_fails_all_seats_in_it(host, beside, what: str, kind: str, said: str) -> None:
@@ -175,7 +175,7 @@ def test_hundred_megabytes_printed_and_returned(host, beside, capfd) -> None:
     assert seat.call("do", {"what": "print"}).result().value == "printed"
     beside.goes_on()
     reply = seat.call("do", {"what": "tell"}).result()
-    assert reply.error == "the result is too long: 100,000,000 characters, and at most 1,000,000 are possible"
+    assert reply.error == "the result is too long: 100,000,000 characters, but at most 1,000,000 are allowed"
     assert seat.call("add", {"n": 1}).result().value == "1"
     seat.release()
     time.sleep(0.1)
@@ -218,7 +218,11 @@ def test_exceptions_and_wrong_types_are_errors_of_their_own_call(host, beside) -
     for tool, value, error in [
         ("thing", None, "no words"),
         ("numbers", "[1, 2]", ""),
-        ("blocks", None, "it returned content that JSON does not hold: Object of type Thing is not JSON serializable"),
+        (
+            "blocks",
+            None,
+            "it returned content that JSON cannot represent: Object of type Thing is not JSON serializable",
+        ),
         ("unprintable", None, "<exception str() failed>"),
         ("interrupt", None, "KeyboardInterrupt"),
         ("nothing", None, "RuntimeError"),

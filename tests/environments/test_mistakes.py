@@ -76,20 +76,20 @@ class Early:
 
 ENCODE = "`extend` takes token ids: sampler.tokenizer.encode(text, add_special_tokens=False)"
 WRONG = [
-    (Told(" Sure?"), f"it extends a row with the text ' Sure?', and {ENCODE}"),
-    (Told(["Sure"]), f"it extends a row with ['Sure'], and {ENCODE}"),
-    (Told(None), f"it extends a row with None, and {ENCODE}"),
-    (Told([5], keep=False), "a row that was not kept: begin such rows by sampler.begin(task.prompt_ids, n, keep=True)"),
-    (Told([5] * 99), "and may have 60, one of them still to be sampled: 99 more do not fit, 58 would (row.room)"),
-    (Early(), "this row still decodes, so it cannot be extended"),
+    (Told(" Sure?"), f"it extends a row with the text ' Sure?', but {ENCODE}"),
+    (Told(["Sure"]), f"it extends a row with ['Sure'], but {ENCODE}"),
+    (Told(None), f"it extends a row with None, but {ENCODE}"),
+    (Told([5], keep=False), "a row that was not kept: start it with sampler.begin(task.prompt_ids, n, keep=True)"),
+    (Told([5] * 99), "must still be sampled: 99 more tokens do not fit, at most 58 do (row.room)"),
+    (Early(), "this row is still queued or decoding, so it cannot be extended"),
     (Texts(), "`rollout` returned a str among its trajectories: it must return a list of trajectories"),
     (Nothing(), "`rollout` returned None: it must return a list of trajectories"),
-    (Plain(), "`rollout` returned a list and nothing to await: write `async def rollout(self, task, sampler)`"),
-    (Sleeps(0), "it awaits None: an environment can await what its sampler gives it alone"),
-    (Sleeps(1), "what needs asyncio, or time, belongs into a thread"),
-    (SleepsEach(1), "whose result `await sampler.outside(executor.submit(...))` waits for (no running event loop)"),
-    (Listed(), "`gather` takes coroutines, as `gather(*list)`, and not []"),
-    (Called(), "`outside` takes a future, as executor.submit(...) gives, and not <function"),
+    (Plain(), "`rollout` returned a list, which cannot be awaited: write `async def rollout(self, task, sampler)`"),
+    (Sleeps(0), "it awaits None: an environment can only await what its sampler provides"),
+    (Sleeps(1), "run code that needs asyncio, or takes time, in a thread"),
+    (SleepsEach(1), "wait for it with `await sampler.outside(executor.submit(...))` (no running event loop)"),
+    (Listed(), "`gather` takes coroutines, as in `gather(*list)`, but got []"),
+    (Called(), "`outside` takes a future, as returned by executor.submit(...), but got <function"),
 ]
 
 
@@ -148,7 +148,7 @@ def test_an_environment_can_read_the_last_turn_alone(make_policy) -> None:
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        (Texts, r"Texts is a class, and an object of it is needed: Texts\(\)"),
+        (Texts, r"Texts is a class: pass an instance, Texts\(\)"),
         (object(), "object has no method rollout"),
     ],
 )

@@ -75,10 +75,10 @@ def test_the_last_line_is_the_reward(shell, name: str, value) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("nothing", "its program wrote nothing to standard output: the last line is the reward, as JSON"),
-        ("words", "its last line is no JSON: 'well done'."),
-        ("text", "the reward that it returned is not a usable number: 'good'"),
-        ("code", "its program ended with exit code 3; it said: not so"),
+        ("nothing", "its program wrote nothing to standard output: the last line must be the reward, as JSON"),
+        ("words", "its last line is not JSON: 'well done'."),
+        ("text", "the returned reward is not a usable number: 'good'"),
+        ("code", "its program ended with exit code 3; it printed: not so"),
         ("killed", "its program ended with SIGKILL"),
     ],
 )
@@ -122,9 +122,7 @@ def test_what_else_it_prints_is_shown(shell, capfd) -> None:
 def test_a_row_that_json_does_not_hold_is_an_error(shell) -> None:
     assert "not JSON compliant" in ran(shell, name="number", share=float("nan")).error
     reply = ran(shell, name="number", odd=object())
-    assert reply == Reply(
-        "error", error="the row cannot be given to a program as JSON: it has a value of the type object"
-    )
+    assert reply == Reply("error", error="the row cannot be passed to a program as JSON: it has a value of type object")
 
 
 def test_a_program_that_is_not_there_is_found_before_the_run(shell) -> None:
@@ -132,10 +130,10 @@ def test_a_program_that_is_not_there_is_found_before_the_run(shell) -> None:
     host = make_host(EnvironmentConfig(command=("no-such-program", "agent.js")))
     assert host.problem([]) == "command: there is no program 'no-such-program'"
     line = make_host(EnvironmentConfig(command=("no-such-program agent.js", "1")))
-    assert line.problem([]).endswith('. Write each word by itself: ["no-such-program", "agent.js", "1"]')
+    assert line.problem([]).endswith('. Write each word as a separate item: ["no-such-program", "agent.js", "1"]')
     line.close()
     assert ran(host) == Reply(
-        "error", error="its program ended with exit code 127; it said: no-such-program: No such file or directory"
+        "error", error="its program ended with exit code 127; it printed: no-such-program: No such file or directory"
     )
     host.close()
 

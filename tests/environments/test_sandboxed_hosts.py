@@ -193,18 +193,20 @@ def test_the_tool_python_ends_with_the_conversation(host: Made) -> None:
 
 
 def test_python_inside_of_a_sandbox_says_what_to_do(host: Made) -> None:
-    with pytest.raises(UserError, match=r"a sandbox already, .*unsafe: true"):
+    with pytest.raises(UserError, match=r"already runs in a sandbox, .*unsafe: true"):
         _ = host(None, ("python",), sandbox=True).description
 
 
 def test_objects_from_python_cannot_be_in_it() -> None:
-    with pytest.raises(UserError, match=r"environment 'Walk': sandbox: objects given from Python live in this process"):
+    with pytest.raises(UserError, match=r"environment 'Walk': objects passed from Python live in this process"):
         make_host(EnvironmentConfig(use="__main__:Walk", name="Walk", sandbox=True), given=games.Walk)
 
 
 def test_where_there_is_no_sandbox_it_refuses(host: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "missing", lambda: "on darwin there is no isolation yet")
-    with pytest.raises(UserError, match=r"^environment '.*': sandbox: there is none here: on darwin .*sandbox: false"):
+    monkeypatch.setattr(worker, "missing", lambda: "grpo isolates code only on Linux, not yet on darwin")
+    with pytest.raises(
+        UserError, match=r"^environment '.*': sandbox: not available here: .* not yet on darwin.*sandbox: false"
+    ):
         host(f"{games.__file__}:Walk", sandbox=True)
 
 

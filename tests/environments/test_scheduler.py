@@ -181,7 +181,9 @@ def test_slow_work_is_waited_for_once_and_then_holds_nobody_up(monkeypatch) -> N
 def test_asyncio_s_own_is_refused_with_the_way_out() -> None:
     jobs = Scheduler()
     job = jobs.start(asyncio.sleep(0))
-    with pytest.raises(EnvironmentMistake, match=r"what needs asyncio, or time, belongs.*sampler\.outside"):
+    with pytest.raises(
+        EnvironmentMistake, match=r"run code that needs asyncio, or takes time, in a thread.*sampler\.outside"
+    ):
         jobs.run()
     assert job.error is not None
 

@@ -98,14 +98,14 @@ def test_several_calls_in_a_turn_are_written_as_far_as_the_template_can() -> Non
     [
         (
             lambda: Chat.of(tokenizer_of("qwen2.5"), answers=True),
-            "leaves out no thinking before a user's message",
+            "does not leave out thinking before a user's message",
         ),
-        (lambda: Chat.of(tokenizer_of("qwen3"), TOOLS), "nobody answers it as the user"),
-        (lambda: Chat.of(tokenizer_of("qwen3"), answers=True, templated=False), "without a chat template"),
+        (lambda: Chat.of(tokenizer_of("qwen3"), TOOLS), "no environment answers as the user"),
+        (lambda: Chat.of(tokenizer_of("qwen3"), answers=True, templated=False), "prompts do not use a chat template"),
     ],
 )
 def test_where_it_would_do_nothing_it_is_refused(chat, why: str) -> None:
-    with pytest.raises(UserError, match=f"drop drops nothing: .*{why}"):
+    with pytest.raises(UserError, match=f"drop has no effect: .*{why}"):
         _ = chat().anew
 
 
@@ -202,6 +202,6 @@ def test_a_template_that_changes_how_a_prompt_begins_fails_the_conversation(monk
     odd = changed("qwen3", "{% if tools %}", "{{ messages | length if messages | length > 4 else '' }}{% if tools %}")
     row, _ = played(monkeypatch, "qwen3", encoded(odd, f"{THOUGHT}Rain?<|im_end|>"), odd)
     assert row.finish_reason == "failed"
-    assert "changes how a prompt begins as the conversation goes on: use thinking: keep" in str(
+    assert "changes how a prompt begins as the conversation continues: use thinking: keep" in str(
         row.conversation.failure
     )

@@ -84,10 +84,12 @@ def test_a_failed_grading_is_not_a_right_answer(recipe) -> None:
     }
     failed[1] = failed[0] = [True] * 4
     scores[1] = scores[0] = [None] * 4
-    with pytest.raises(RunError, match=r"'digits', scored no completion: of \d+ it failed on \d+"):
+    with pytest.raises(RunError, match=r"'digits', scored no completion: of \d+ completions it failed on \d+"):
         evaluate(0)
     failed[1] = failed[0] = [False] * 4
-    with pytest.raises(RunError, match=r"of \d+ it returned None for \d+\. .* put one first that scores the held-out"):
+    with pytest.raises(
+        RunError, match=r"of \d+ completions it returned None for \d+\. .* put a reward first that scores the held-out"
+    ):
         evaluate(0)
 
 
@@ -197,7 +199,7 @@ def test_the_majority_is_the_most_common_and_of_equals_the_first() -> None:
 
 def test_an_unknown_metric_for_the_best_is_a_mistake(recipe) -> None:
     recipe.write_text(recipe.read_text() + "eval: {split: train}\n")
-    with pytest.raises(UserError, match=r"'pass@3' is not measured; there is greedy, avg@4, pass@2, pass@4, maj@4"):
+    with pytest.raises(UserError, match=r"'pass@3' is not measured; choose one of greedy, avg@4, pass@2, pass@4"):
         prepare(load_recipe(recipe, ["checkpoint.metric_for_best_model=pass@3"]))
 
 
@@ -214,10 +216,10 @@ def test_a_model_and_an_adapter_without_a_recipe(recipe, run_cli, toy_folder) ->
     of_run = run_cli("eval", "runs/toy", *options, "rollout.max_completion_length=256")
     assert of_run.out == beside.out  # the same adapter, prompts and draws
     for args, said in (
-        (["eval", toy_folder], "needs --data"),
-        (["eval", "runs/toy"], "nothing says what to evaluate on"),
-        (["eval", toy_folder, *options, "--adapter", "."], "not an adapter as mlx-lm or PEFT writes them"),
-        (["eval", toy_folder, *options, "--checkpoint", "best"], "--checkpoint is for runs"),
+        (["eval", toy_folder], "add --data"),
+        (["eval", "runs/toy"], "there is no evaluation data"),
+        (["eval", toy_folder, *options, "--adapter", "."], "not an adapter of mlx-lm or PEFT"),
+        (["eval", toy_folder, *options, "--checkpoint", "best"], "--checkpoint requires a run"),
         (["eval", "runs/toy", *options, "--checkpoint", "7"], "there is 2"),
     ):
         refused = run_cli(*args)

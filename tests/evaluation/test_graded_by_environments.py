@@ -82,7 +82,7 @@ def test_conversations_that_nobody_rewarded_are_not_right(caplog) -> None:
     metrics = evaluator(cut, cut)(0)
     assert (metrics.values["greedy"], metrics.values["avg@2"], metrics.n, metrics.failed_gradings) == (0.0, 0.0, 2, 0)
     assert "rewards/Game" not in metrics.values  # there is none to take the mean of
-    assert "6 of 6 conversations ended by length. To have them rewarded, raise rollout.max_comp" in caplog.text
+    assert "6 of 6 conversations ended by length. To get rewards, raise rollout.max_comp" in caplog.text
     caplog.clear()
     assert evaluator([talk(outcome=1.0)] * 2, cut)(0).values["avg@2"] == 0.5
     assert not caplog.text

@@ -208,7 +208,7 @@ def test_a_model_that_only_looks_like_llama_is_found_out() -> None:
 def test_a_part_that_is_not_known_is_not_read() -> None:
     model = made("llama")
     model.layers[0].mlp.extra = nn.Linear(4, 4)
-    with pytest.raises(Unread, match=r"other parts than Llama's: mlp\.extra\.bias, mlp\.extra\.weight"):
+    with pytest.raises(Unread, match=r"parts that Llama does not have: mlp\.extra\.bias, mlp\.extra\.weight"):
         read(model)
 
 

@@ -96,7 +96,7 @@ def test_caches_that_cannot_take_tokens_back_decode_without_drafts_and_say_so() 
     generator.speculation = speculation = Always(8)
     try:
         assert epochs(generator, GREEDY, 1) == plain
-        assert generator.describe()[-1].startswith("speculation: off, because caches of this kind cannot take")
+        assert generator.describe()[-1].startswith("speculation: off, because mlx-lm's batch caches cannot take back")
         assert generator.drafted() == {}
         assert not speculation.drafts.memory.others()  # nothing is kept for nobody
     finally:

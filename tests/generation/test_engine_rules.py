@@ -163,14 +163,14 @@ def test_the_limit_counts_all_tokens_after_the_prompt(generator: Generator) -> N
     engine, row = ended(generator, sampling=Sampling(1.0, 60))
     n = len(row.token_ids)
     assert row.room == 60 - n - 1
-    with pytest.raises(ValueError, match=rf"has {n} tokens .* may have 60, .*: {60 - n} more do not fit, {59 - n} wou"):
+    with pytest.raises(ValueError, match=rf"has {n} tokens .*limit is 60, .*: {60 - n} more .*, at most {59 - n} do"):
         engine.extend(row, [50] * (60 - n))
     engine.extend(row, [50] * row.room)
     finish(engine)
     assert len(row.token_ids) == 60
     assert row.finish_reason in ("length", "stop")
     assert row.state == "done"
-    with pytest.raises(ValueError, match="has ended with all its 60 tokens, so it cannot be extended"):
+    with pytest.raises(ValueError, match="has reached its limit of 60 tokens, so it cannot be extended"):
         engine.extend(row, [50])
     assert not engine.busy
 
@@ -182,13 +182,13 @@ def test_wrong_use_is_told_in_a_sentence(generator: Generator) -> None:
     with pytest.raises(ValueError, match="max_tokens is 0: a row needs room"):
         engine.submit(asked((5,), sampling=Sampling(1.0, 0)))
     (row,) = engine.submit(asked((5, 6)))
-    with pytest.raises(ValueError, match=r"this row still decodes, so it cannot be extended: wait .* or park it"):
+    with pytest.raises(ValueError, match=r"this row is still queued or decoding, so it cannot be .*: wait .* or park"):
         engine.extend(row, [9])  # it has not begun yet
     engine.step()
-    with pytest.raises(ValueError, match="this row still decodes"):
+    with pytest.raises(ValueError, match="this row is still queued or decoding"):
         engine.extend(row, [9])
     finish(engine)
-    with pytest.raises(ValueError, match="needs at least one token more"):
+    with pytest.raises(ValueError, match="extend it by at least one token"):
         engine.extend(row, [])
     engine.park(row)  # it is out of its slot
     assert row.state == "waiting"
@@ -252,9 +252,9 @@ def test_a_turn_may_have_rules_of_its_own(way: str) -> None:
     assert len(row.turn) == 1
     assert row.finish_reason == "stop"
     assert token not in STOPS
-    with pytest.raises(ValueError, match="limit on all its tokens stays"):
+    with pytest.raises(ValueError, match="max_tokens limits all turns of a row together"):
         engine.extend(row, [70], Sampling(1.0, 61))
-    with pytest.raises(ValueError, match="reshapes the distribution, or does not, stays so"):
+    with pytest.raises(ValueError, match="all turns of a row must reshape the distribution"):
         engine.extend(row, [70], Sampling(1.0, 60, top_k=3))
     engine.close()
 

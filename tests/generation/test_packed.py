@@ -186,7 +186,7 @@ def test_it_is_chosen_and_said(bits: int) -> None:
 
 
 def test_models_of_other_caches_are_refused() -> None:
-    said = r"rollout\.kv_bits: .* cannot be quantised: .*more than plain keys and values\. Leave the setting out"
+    said = r"rollout\.kv_bits: .* cannot be quantized: .*more than plain keys and values\. Remove the setting"
     with pytest.raises(UserError, match=said):
         choice.find_decoding(sliding(), 8)
     assert isinstance(choice.find_decoding(sliding()), BatchCaches)
@@ -194,7 +194,7 @@ def test_models_of_other_caches_are_refused() -> None:
 
 def test_a_wrong_one_is_found_out(monkeypatch) -> None:
     monkeypatch.setattr(BitPacking, "times", lambda self, x, in_bits: 3 * (x @ self.numbers(in_bits)))
-    with pytest.raises(UserError, match=r"rollout\.kv_bits: .* its logprobs are .* \(bound 0\.02\)"):
+    with pytest.raises(UserError, match=r"rollout\.kv_bits: .* its logprobs differ .* \(bound 0\.02\)"):
         choice.find_decoding(model(), 8)
 
 

@@ -57,7 +57,7 @@ def test_one_broken_way_leaves_the_others(zoo, monkeypatch, broken) -> None:
     generator = Generator(zoo("tied"), NoTokenizer(), 2)
     first, second = generator.describe()
     assert first == "decoding: the model's layers, shared prompts, stock operations"
-    assert second.startswith("decoding does not go by joined layers, shared prompts, stock operations: ")
+    assert second.startswith("decoding does not use joined layers, shared prompts, stock operations: ")
     assert second.endswith(SAID)
 
 
@@ -74,14 +74,14 @@ def test_caches_that_cannot_be_looked_at_are_told(zoo, monkeypatch, broken) -> N
     monkeypatch.setattr(choice, "cache_shapes", broken)
     decoding = find_decoding(zoo("tied"))
     assert isinstance(decoding, BatchCaches)
-    assert f"looking at its caches failed: {broken.kind} in " in decoding.description
+    assert f"running one token to inspect the caches failed: {broken.kind} in " in decoding.description
 
 
 def test_a_way_that_computes_something_else_says_how_far_off(zoo, monkeypatch) -> None:
     logits = decoders.BlockDecoder.logits
     monkeypatch.setattr(decoders.BlockDecoder, "logits", lambda *args: 2 * logits(*args))
     (reason,) = find_decoding(zoo("tied")).refused
-    assert "from those of the model's forward pass (bound 0.001)" in reason
+    assert "from the model's forward pass (bound 0.001)" in reason
 
 
 def test_a_model_that_does_otherwise_with_several_tokens_is_fed_one_at_a_step(zoo, monkeypatch) -> None:
@@ -94,14 +94,14 @@ def test_a_model_that_does_otherwise_with_several_tokens_is_fed_one_at_a_step(zo
     monkeypatch.setattr(decoders.ModelDecoder, "logits", other)
     decoding = find_decoding(zoo("moe"))
     assert decoding.description.startswith("the model's layers")
-    assert (decoding.narrow or "").startswith("steps of several tokens do not serve this model: its logprobs are ")
+    assert (decoding.narrow or "").startswith("this model cannot decode several tokens per step: its logprobs differ ")
 
 
 @pytest.mark.parametrize(
     ("kind", "way", "reasons"),
     [
         ("tied", "joined layers", []),
-        ("moe", "the model's layers", ["joined layers: this architecture has other parts than Llama's: mlp."]),
+        ("moe", "the model's layers", ["joined layers: this architecture has parts that Llama does not have: mlp."]),
         ("gemma3_text", "mlx-lm's batch caches (this architecture keeps more than plain keys and values)", []),
         ("gemma2", "mlx-lm's batch caches, row by row", ["joined layers: this architecture", "the model's layers"]),
     ],
@@ -115,7 +115,7 @@ def test_an_architecture_that_is_not_supported_is_said_to_be_that(zoo, kind: str
 def test_dora_says_so(zoo) -> None:
     model = zoo("tied")
     Adapters(model, AdapterConfig(type="dora", rank=4), mx.random.key(0))
-    assert find_decoding(model).refused == ("joined layers: adapters with magnitudes (DoRA) are not joined",)
+    assert find_decoding(model).refused == ("joined layers: adapters with magnitudes (DoRA) cannot be joined",)
 
 
 def policy_of(model) -> Policy:

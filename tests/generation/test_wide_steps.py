@@ -175,7 +175,7 @@ def test_few_rows_are_the_same_to_the_bit(way: str, count: int) -> None:
 def test_caches_that_give_nothing_back_are_decoded_plainly(way: str) -> None:
     generator = generator_of(way, 3)
     drafter = both(generator, [asked(PROMPTS[0], 1, n=4, keep=False, sampling=Sampling(1.0, 9))], "right", [8])
-    assert "cannot take tokens back" in (generator.decoding.narrow or "")
+    assert "cannot take back tokens" in (generator.decoding.narrow or "")
     assert not drafter.asked
     assert not drafter.steps
 

@@ -58,7 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, qwen3_folder: Path, gsm8k_
 def test_what_was_fetched_once_is_not_fetched_again_nor_needs_the_hub(trained: Hub) -> None:
     trained.requests.clear()
     again = trained.grpo(*DRY)
-    assert (again.returncode, again.stderr.count("taken from the cache")) == (0, 0), again.stderr
+    assert (again.returncode, again.stderr.count("using the copy in the cache")) == (0, 0), again.stderr
     assert trained.asked("/api/models/Qwen/Qwen3-0.6B")
     assert not trained.asked("GET .*(/cdn/|/resolve/)")
     trained.stop()
@@ -69,14 +69,14 @@ def test_what_was_fetched_once_is_not_fetched_again_nor_needs_the_hub(trained: H
     finally:
         trained.start()
     assert dead.returncode == 0, dead.stderr
-    assert "model Qwen/Qwen3-0.6B: taken from the cache: the Hub cannot be reached ([Errno" in dead.stderr
-    assert dead.stderr.count("data openai/gsm8k: taken from the cache: the Hub cannot be reached") == 1
+    assert "model Qwen/Qwen3-0.6B: using the copy in the cache: the Hub cannot be reached ([Errno" in dead.stderr
+    assert dead.stderr.count("data openai/gsm8k: using the copy in the cache: the Hub cannot be reached") == 1
     for other in (config, commit):  # `datasets` would hand out whatever it cached last
         assert other.returncode == 2
         assert "the Hub cannot be reached" in last_line(other.stderr)
-        assert "nor is all of it in the cache" in last_line(other.stderr)
+        assert "the cache does not have all of it" in last_line(other.stderr)
     assert unsent.returncode == 2
-    assert "the export is in unsent, and was not uploaded" in last_line(unsent.stderr)
+    assert "the export is in unsent, but was not uploaded" in last_line(unsent.stderr)
     assert "the Hub cannot be reached ([Errno" in last_line(unsent.stderr)
 
 
@@ -120,11 +120,11 @@ def test_an_export_is_pushed_or_it_is_said_why_not(trained: Hub) -> None:
     assert sent.stdout.splitlines()[-1] == f"{trained.endpoint}/writer/mine"
     mine, folder = trained.repositories["models", "writer/mine"], trained.home.parent / "sent"
     assert mine.commits[mine.names["main"]] == {path.name: path.read_bytes() for path in folder.iterdir()}
-    said = ["there is no token, or a wrong one (`hf auth login`, or HF_TOKEN)"] * 2
-    said.append("this token may not write there: You don't have the rights to create a model under this namespace")
+    said = ["the token is missing or wrong (`hf auth login`, or HF_TOKEN)"] * 2
+    said.append("this token has no write access: You don't have the rights to create a model under this namespace")
     for number, (ran, words) in enumerate(zip(unsent, said, strict=True)):
         assert (ran.returncode, len(ran.stderr.splitlines())) == (2, 1)
-        assert f"`hf upload writer/mine unsent{number}` sends it later" in ran.stderr
+        assert f"`hf upload writer/mine unsent{number}` uploads it later" in ran.stderr
         assert ran.stderr.strip().endswith(f"--push-to-hub writer/mine: {words}")
 
 
@@ -165,15 +165,15 @@ def refused_models(hub: Hub, qwen3_folder: Path, tmp_path: Path) -> dict[str, st
     hub.failures.append(Failure("/api/models/t/portal", status=200))  # with a page of its own
     hub.add_model("t/gated", qwen3_folder, gated=True)
     return {
-        "t/absent": "there is no model of that name; a private one needs a token that may read it (`hf auth login`",
-        "absent": "there is no model of that name",
+        "t/absent": "there is no model with this name; a private model needs a token with read access (`hf auth login`",
+        "absent": "there is no model with this name",
         "t/gated": f"it is gated: accept its terms at {hub.endpoint}/t/gated, then log in (`hf auth login`",
         "t/bin": "no model*.safetensors in",
         "t/untokenized": "no tokenizer (tokenizer.json, ",
         "t/unconfigured": "no config.json in",
         "t/sharded": "Missing 12 parameters: model.layers.1",
         "t/unknown": "Model type mamba9000 not supported",
-        "t/portal": "what answers there is no Hub",
+        "t/portal": "the server that answered is not a Hub",
         "t/slow": "no answer within 1 s (HF_HUB_DOWNLOAD_TIMEOUT=6 waits longer)",
     }
 
@@ -189,10 +189,10 @@ def test_a_model_that_cannot_be_had_is_said_in_a_line(hub: Hub, qwen3_folder: Pa
         assert last_line(one.stderr).startswith(f"grpo: model {name}: ")
         assert words in last_line(one.stderr)
     stranger, wrong, known, cached = ran[len(said) :]
-    assert f"this token's account has no access: ask for it at {hub.endpoint}/t/gated" in last_line(stranger.stderr)
-    assert "the token was refused: it is wrong or no longer valid (`hf auth login`" in last_line(wrong.stderr)
+    assert f"this token's account has no access: request access at {hub.endpoint}/t/gated" in last_line(stranger.stderr)
+    assert "the Hub refused the token: it is wrong or has expired (`hf auth login`" in last_line(wrong.stderr)
     assert (known.returncode, cached.returncode) == (0, 0), known.stderr
-    assert "model t/gated: taken from the cache: the token was refused" in cached.stderr
+    assert "model t/gated: using the copy in the cache: the Hub refused the token" in cached.stderr
 
 
 @pytest.mark.slow
@@ -250,7 +250,7 @@ def test_what_is_cut_off_again_and_again_never_becomes_a_model(hub: Hub) -> None
     hub.failures.append(Failure("GET /cdn/", cut_after=5_000))
     broken = hub.grpo(*generate())
     assert broken.returncode == 2
-    assert "the connection broke off, more than once" in last_line(broken.stderr)
+    assert "the connection broke several times" in last_line(broken.stderr)
     hub.failures.clear()
     whole = hub.grpo(*generate())
     assert whole.returncode == 0, whole.stderr
@@ -264,7 +264,7 @@ def test_a_hub_that_is_busy_is_asked_again(hub: Hub, toy_folder: Path) -> None:
         ran = hub.grpo(*generate())
         assert ran.returncode == 0, ran.stderr
     hub.forget()
-    for status, words in ((503, "the Hub has trouble of its own (503): try again later"), (429, "too many requests")):
+    for status, words in ((503, "the Hub has an internal error (503): try again later"), (429, "too many requests")):
         hub.failures[:] = [Failure(".", status=status)]
         for ran in hub.several(generate(), [*DRY, f"model.name={toy_folder}"]):
             assert ran.returncode == 2
@@ -281,8 +281,8 @@ def test_without_a_network_it_is_said_at_once(hub: Hub, toy_folder: Path) -> Non
             hub.several(DRY, local, **more), ("model Qwen/Qwen3-0.6B", "data openai/gsm8k"), strict=True
         ):
             assert (ran.returncode, len(ran.stderr.splitlines())) == (2, 1)
-            assert ran.stderr.startswith(f"grpo: {what}: could not be fetched from {hub.endpoint}: {words}")
-            assert "a network is needed once; a folder or a file needs none" in ran.stderr
+            assert ran.stderr.startswith(f"grpo: {what}: cannot be downloaded from {hub.endpoint}: {words}")
+            assert "the first download needs a network; a local path does not" in ran.stderr
     hub.start()
 
 

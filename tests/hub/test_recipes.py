@@ -167,7 +167,7 @@ def test_older_groups_come_again_in_the_recipe_that_replays_them(whole_hub: Hub)
 def test_a_dataset_of_the_hub_is_streamed_and_goes_on_where_it_was(whole_hub: Hub) -> None:
     settings = [*small(RECIPES["qwen3-math"]), "data.streaming=true", "data.window=5", "rollout.prompts_per_step=3"]
     said = run(whole_hub, {"qwen3-math": settings}, untrained=True)
-    assert "because rows are read as they come; they are shuffled in windows of 5" in said
+    assert "because rows are streamed; they are shuffled in windows of 5" in said
     whole_hub.grpo("train", "qwen3-math", *settings, "optim.steps=3", "--resume-changed")  # ends with 1: all rewards 0
     folder = whole_hub.home.parent / "runs" / "qwen3-math"
     state = json.loads((folder / "checkpoints/step-000003/state.json").read_text())

@@ -32,7 +32,7 @@ NEEDED = {
     "load_tokenizer": "model/load",
     "make_prompt_cache": "generation/buffers, generation/batchcaches and model/sharing",
     "make_sampler": "benchmark/rollout",
-    "model_classes": "model/classifier, which puts a score in the place of the head, and model/load",
+    "model_classes": "model/classifier, which replaces the head by a score, and model/load",
     "new_model": "model/outline (grpo recipes costs), model/drawn and the built-in students",
     "quantize": "model/load (model.quantize) and tools/export (--quantize)",
     "save_model": "tools/export, for --format fused",

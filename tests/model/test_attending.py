@@ -177,7 +177,10 @@ def test_a_model_that_needs_a_cache_is_refused_in_a_sentence(cached: bool) -> No
     if not cached:
         assert Policy(model, adapters, 0.9).slow
         return
-    with pytest.raises(UserError, match=r"without a cache, and it raises TypeError in .*test_attending\.py:\d+: "):
+    with pytest.raises(
+        UserError,
+        match=r"as model\(tokens, cache=None\), and this raises TypeError in .*test_attending\.py:\d+: ",
+    ):
         Policy(model, adapters, 0.9)
 
 

@@ -115,17 +115,17 @@ def refused(folder: Path) -> str:
 
 def test_what_is_no_reward_model_is_refused(tmp_path: Path, tokenizer: Path) -> None:
     several = reward_model(tmp_path / "several", tokenizer, id2label={"0": "a", "1": "b", "2": "c"}, labels=3)
-    assert "has 3 labels, and a reward model has one: the score itself" in refused(several)
+    assert "has 3 labels, but a reward model has one label: the score" in refused(several)
     with pytest.raises(UserError, match="has 3 labels"):  # known from the config, before any weights are fetched
         check_labels(json.loads((several / "config.json").read_text()), "org/several")
     quiet = reward_model(tmp_path / "quiet", tokenizer, labels=2)
     assert "has 2 labels" in refused(quiet)
-    assert "is a Qwen3ForCausalLM, and a reward model is a sequence classifier" in refused(
+    assert "is a Qwen3ForCausalLM, but a reward model must be a sequence classifier" in refused(
         reward_model(tmp_path / "causal", tokenizer, architectures=["Qwen3ForCausalLM"])
     )
     config = config_of("qwen3")
     weights = {name: array for name, array in weights_of(config).items() if name != "score.weight"}
-    assert "there is no score.weight in its weights" in refused(write(tmp_path / "none", config, weights, tokenizer))
+    assert "its weights have no score.weight" in refused(write(tmp_path / "none", config, weights, tokenizer))
     kind = {"model_type": "deberta-v2", "architectures": ["DebertaV2ForSequenceClassification"]}
     foreign = reward_model(tmp_path / "foreign", tokenizer, **kind)
     assert "deberta-v2" in refused(foreign)
@@ -144,6 +144,6 @@ def test_a_tokenizer_must_be_there_and_know_chats(tmp_path: Path, tokenizer: Pat
     config = config_of("qwen3", 50)
     (small / "config.json").write_text(json.dumps(config))
     save(small, weights_of(config))
-    assert "and the model knows 50: the tokenizer is another model's" in refused(small)
+    assert "but the model's vocabulary has only 50 tokens: the tokenizer belongs to another model" in refused(small)
     (folder / "tokenizer.json").unlink()
     assert "no tokenizer" in refused(folder)

@@ -21,7 +21,7 @@ from grpo.model.outline import costs_of_config
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"num_hidden_layers": 2_001}, "config.json: num_hidden_layers is 2001, and no model has more than 2,000"),
+        ({"num_hidden_layers": 2_001}, "config.json: num_hidden_layers is 2001, but no model has more than 2,000"),
         ({"text_config": {"n_layers": 5_000}}, "config.json: n_layers is 5000"),
         ({"hidden_size": 10**12}, "outside the supported range"),
         ({"head_dim": 0}, "cannot be raised to a negative power"),
@@ -72,7 +72,7 @@ def test_layers_without_end_are_refused_before_one_is_made(toy_folder: Path, tmp
     asked = [sys.executable, "-c", READ, str(folder)]
     ran = subprocess.run(asked, preexec_fn=bounded, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-1000:]
-    said = f"config.json: num_hidden_layers is {layers:.6g}, and no model has more than 2,000 layers"
+    said = f"config.json: num_hidden_layers is {layers:.6g}, but no model has more than 2,000 layers"
     assert ran.stdout.splitlines() == [said, said]
 
 

@@ -146,8 +146,8 @@ def test_recurrent_models_and_those_that_share_nothing_keep_their_rows(zoo) -> N
     policy._layers = [PromptState, *policy._layers[1:]]
     assert not policy.packs
     assert policy.slow == [
-        "each completion trains in a row of its own, not behind others: its layers keep recurrent states, which go on "
-        "from whatever stands before"
+        "completions are not packed; each trains in its own row: its layers keep recurrent states, which would carry "
+        "over from one completion to the next"
     ]
 
 

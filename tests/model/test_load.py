@@ -97,7 +97,7 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     message = refused("someone/some-model")
-    assert "model someone/some-model: could not be fetched from" in message
+    assert "model someone/some-model: cannot be downloaded from" in message
     assert constants.ENDPOINT in message
 
 

@@ -99,7 +99,7 @@ def test_the_host_s_memory_gives_back_what_was_put_there(zoo, monkeypatch: pytes
         assert same(expected[1], gradient(policy, lines_logprobs))
     assert [size for _, size in driver.locked] == [pinned.PIECE]
     assert policy.notes == [
-        "the inputs of checkpointed layers lie in the machine's memory, not the device's: 0.1 GB of it"
+        "the inputs of checkpointed layers are stored in the machine's memory, not the device's: 0.1 GB of it"
     ]
 
 

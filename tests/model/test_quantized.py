@@ -184,5 +184,5 @@ def test_a_machine_that_cannot_compute_says_why(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize("bits", [3, 6])
 def test_dora_where_mlx_lm_miscounts_the_inputs(toy_folder, bits: int) -> None:
     model, _ = load(ModelConfig(name=str(toy_folder), quantize=bits))
-    with pytest.raises(UserError, match=f"weights have {bits} bits: take lora, or a model of 2, 4 or 8 bits"):
+    with pytest.raises(UserError, match=f"weights have {bits} bits: use lora, or a model with 2, 4 or 8 bits"):
         Adapters(model, AdapterConfig(type="dora", rank=4), mx.random.key(0))

@@ -303,7 +303,7 @@ def test_what_mixes_tokens_is_not() -> None:
     model = Model(Mean())
     found = RowWise(model)
     assert found.fault
-    assert "Mean gives a token something else among others" in found.fault
+    assert "Mean gives a token another result among other tokens" in found.fault
     assert len(found) == 0
     assert type(model.layers[0].part) is Mean
 

@@ -131,7 +131,7 @@ def test_an_adapter_without_a_config_is_refused(zoo, tmp_path) -> None:
     adapters = Adapters(zoo("tied"), AdapterConfig(rank=RANK), mx.random.key(0))
     adapters.save(tmp_path)
     (tmp_path / "adapter_config.json").unlink()
-    with pytest.raises(UserError, match=r"there is no adapter_config\.json, which says rank and scale"):
+    with pytest.raises(UserError, match=r"the folder has no adapter_config\.json, which contains the rank and scale"):
         load_adapter(zoo("tied"), tmp_path)
 
 
@@ -140,9 +140,9 @@ def test_a_recipe_that_does_not_fit_is_told_what_to_say(zoo, tmp_path) -> None:
     with pytest.raises(UserError) as refused:
         Adapters(zoo("tied"), AdapterConfig(path=str(folder)), mx.random.key(0))
     section = "adapter: {rank: 2, scale: 3.0, targets: [self_attn.q_proj, self_attn.v_proj]}"
-    assert str(refused.value).endswith(f"To go on from it, a recipe says {section}")
+    assert str(refused.value).endswith(f"To continue from it, set this in the recipe: {section}")
     kind = {"type": "dora", "rank": RANK, "use_rslora": True, "targets": ("q_proj", "v_proj")}
-    with pytest.raises(UserError, match=r"is of type lora, and adapter.type is dora\..*type: lora.*use_rslora: false"):
+    with pytest.raises(UserError, match=r"is of type lora, but adapter.type is dora\..*type: lora.*use_rslora: false"):
         Adapters(zoo("tied"), AdapterConfig(path=str(folder), **kind), mx.random.key(0))
     with pytest.raises(UserError, match=r"absent: there is no such folder$"):
         read_adapter(tmp_path / "absent")
@@ -151,7 +151,9 @@ def test_a_recipe_that_does_not_fit_is_told_what_to_say(zoo, tmp_path) -> None:
         Adapters(zoo("tied"), AdapterConfig(path=str(part)), mx.random.key(0))
     for settings, right in (({"scale": 2.0}, 3), ({"scale": 3.0, "use_rslora": True}, 3 * math.sqrt(2))):
         cfg = AdapterConfig(rank=RANK, targets=("q_proj", "v_proj"), path=str(folder), **settings)
-        with pytest.raises(UserError, match=rf"was trained with B A times 3, .* set adapter.scale to {right:g}$"):
+        with pytest.raises(
+            UserError, match=rf"was trained with B A multiplied by 3, .* set adapter.scale to {right:g}$"
+        ):
             Adapters(zoo("tied"), cfg, mx.random.key(0))
 
 
@@ -165,7 +167,7 @@ def test_a_recipe_that_does_not_fit_is_told_what_to_say(zoo, tmp_path) -> None:
         ({"alora_invocation_tokens": [7]}, r"PEFT's alora_invocation_tokens \[7\] is not supported"),
         ({"alpha_pattern": {"q_proj": 4}}, "PEFT's alpha_pattern"),
         ({"init_lora_weights": "pissa_niter_16"}, "pissa_niter_16, which changes the base's weights, is not supported"),
-        ({"r": "many"}, "not as PEFT writes it"),
+        ({"r": "many"}, "not in PEFT's format"),
     ],
 )
 def test_what_is_more_than_one_a_and_b_is_refused(zoo, tmp_path, changes: dict, said: str) -> None:
@@ -184,7 +186,7 @@ def test_what_is_no_adapter_is_said(zoo, tmp_path) -> None:
     arrays = mx.load(str(odd / "adapter_model.safetensors"))
     for name in ("base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.lora_embedding_A"):
         mx.save_safetensors(str(odd / "adapter_model.safetensors"), {**arrays, name: mx.zeros((2, 2))})
-        with pytest.raises(UserError, match=f"its {name} is not LoRA or DoRA on a linear layer"):
+        with pytest.raises(UserError, match=f"{name} is not PEFT's name for LoRA or DoRA on a linear layer"):
             read_adapter(odd)
     mx.save_safetensors(str(odd / "adapter_model.safetensors"), arrays)
     (odd / "adapter_config.json").unlink()
@@ -197,7 +199,7 @@ def test_what_is_no_adapter_is_said(zoo, tmp_path) -> None:
         with pytest.raises(UserError, match=r"lora_B\.weight has NaN or infinities in 128 of 128 places"):
             take(broken)
     four = peft_folder(tmp_path / "four", blocks=4)
-    with pytest.raises(UserError, match=r"cannot be loaded; .*layers\.3\."):
+    with pytest.raises(UserError, match=r"cannot be loaded into this model: .*layers\.3\."):
         load_adapter(zoo("tied"), four)
 
 

@@ -59,7 +59,7 @@ def test_weights_that_are_loaded_as_floating_point_numbers(theirs: dict | None) 
 @pytest.mark.parametrize(
     ("theirs", "words"),
     [
-        ({"quant_method": "bitnet"}, "weights in bitnet are not reckoned with"),
+        ({"quant_method": "bitnet"}, "weights in bitnet are not supported"),
         ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "weights in compressed-tensors float-"),
         ({"quant_method": "modelopt", "quantization": {"quant_algo": "FP8"}}, "weights in modelopt FP8 are not"),
     ],

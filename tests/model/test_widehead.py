@@ -248,12 +248,12 @@ def test_a_float32_model_has_nothing_to_choose(toy_folder) -> None:
 
 def test_a_head_that_is_not_found_is_refused_or_told(monkeypatch: pytest.MonkeyPatch, toy_folder) -> None:
     monkeypatch.setattr(loading, "widen_head", lambda _: False)
-    with pytest.raises(UserError, match=r"model\.head_dtype: float32: .* has no head that can be widened"):
+    with pytest.raises(UserError, match=r"model\.head_dtype: float32: the head of .* cannot compute in float32"):
         load(ModelConfig(name=str(toy_folder), dtype="bfloat16", head_dtype="float32"))
     auto = ModelConfig(name=str(toy_folder), dtype="bfloat16")
     note = head_note(load(auto)[0], auto)
     assert note is not None
-    assert "because no head was found that this machine multiplies by in float32" in note
+    assert "because grpo found no head that this machine can multiply by in float32" in note
 
 
 def test_a_quantized_head_that_a_gpu_cannot_multiply_by_stays_as_it_is(monkeypatch) -> None:

@@ -152,7 +152,7 @@ def test_a_custom_loss_and_a_mask_leave_the_teacher_in() -> None:
 
 def test_a_weight_without_a_divergence_is_refused() -> None:
     batch = of_columns(array(TRAINED), array(TRAINED), [1.0, 1.0], teacher_coef=mx.array(2.0))
-    with pytest.raises(ValueError, match="needs the divergence"):
+    with pytest.raises(ValueError, match="needs the argument `divergence`"):
         policy_loss(mx.zeros((2, 4)) - 1, batch, LossConfig())
 
 

@@ -328,7 +328,7 @@ def test_maxrl_never_turns_a_sign_around() -> None:
 
 
 def test_completions_that_are_no_whole_groups() -> None:
-    with pytest.raises(ValueError, match="6 completions are not groups of 4"):
+    with pytest.raises(ValueError, match="6 completions cannot be split into groups of 4"):
         advantages(mx.zeros((6, 1)), mx.array([1.0]), 4, AdvantageConfig())
 
 

@@ -178,7 +178,7 @@ def test_rewards_of_more_turns_than_there_are_tell_of_themselves() -> None:
     odd = row([1.0, 0.0])
     talk = replace(odd.trajectory.conversation, turn_rewards=(1.0, 0.0, 1.0))
     odd = replace(odd, trajectory=replace(odd.trajectory, conversation=talk))
-    with pytest.raises(ValueError, match="rewards for 3 turns, and its tokens are of 2"):
+    with pytest.raises(ValueError, match="rewards for 3 turns, but its tokens are from 2"):
         turn_rewards([group(odd)], WEIGHTS)
 
 

@@ -1,4 +1,4 @@
-"""Micro-batches go one after the other where two side by side do not fit."""
+"""Micro-batches go one after the other where two in parallel do not fit."""
 
 from __future__ import annotations
 
@@ -57,4 +57,4 @@ def test_a_run_heeds_its_plan(recipe, monkeypatch) -> None:
     run = prepare(load_recipe(recipe))
     assert run.plan.alone
     assert run.trainer.update.gradients.alone
-    assert any(line.endswith(", one after the other: two side by side do not fit") for line in run.plan.lines())
+    assert any(line.endswith(", one after the other: two in parallel do not fit") for line in run.plan.lines())

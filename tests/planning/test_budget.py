@@ -125,7 +125,7 @@ def test_where_memory_is_short_fewer_logits_are_there_at_once(one_lane, monkeypa
 
 def test_a_limit_beyond_the_machine_is_refused() -> None:
     more = memory_bytes() / 2**30 + 1
-    with pytest.raises(UserError, match=r"memory\.limit_gb: \d+\.?\d* GB are more than the machine has"):
+    with pytest.raises(UserError, match=r"memory\.limit_gb: \d+\.?\d* GB is more than the machine has"):
         planner(more)
 
 
@@ -166,7 +166,7 @@ def test_the_report_says_what_takes_memory_and_what_bounds_the_length(one_lane) 
     lines = free.report(free.plan()[0])
     what = ["weights", "optimizer", "other states", "rollout", "update", "optimizer's step", "peak"]
     assert [line.split("  ")[0] for line in lines[:-1]] == what
-    most = "488 tokens; more is beyond the model's positions"  # of 512
+    most = "488 tokens; the model has no more positions"  # of 512
     assert lines[-1] == f"longest completion that would fit: {most}"
     assert "the machine" in lines[-2]
     total = 1.2 * planner(None, micro_batch_tokens=256, gradient_checkpointing=True).plan()[0].total
@@ -185,7 +185,7 @@ def test_the_positions_bound_the_length_where_a_longer_completion_would_not_fit_
     plan = free.plan()[0]
     lengths = FittingLengths(free.load, lambda load: replace(plan, memory=plan.total - (_length(load) > 100)), 0)
     lengths = replace(lengths, positions=free.load.longest + 100)
-    assert lengths.report(plan)[-1].endswith(": 100 tokens; more is beyond the model's positions")
+    assert lengths.report(plan)[-1].endswith(": 100 tokens; the model has no more positions")
 
 
 def _length(load) -> int:

@@ -97,20 +97,20 @@ def test_what_does_not_fit_is_told_with_what_would() -> None:
 
 def test_lengths_beyond_the_models_positions_are_told() -> None:
     *_, longest, said = report(of_8b(), 200 * GB, "cuda")
-    assert longest == "longest completion that would fit: 40,448 tokens; more is beyond the model's positions"
+    assert longest == "longest completion that would fit: 40,448 tokens; the model has no more positions"
     *_, note, said = report(with_settings(of_8b(), {"rollout": of_8b(40_449).rollout}), 200 * GB, "cuda")
-    assert "are 40,961 tokens together, and the model was made for 40,960 (max_position_embeddings)" in note
+    assert "are 40,961 tokens together, but the model was made for 40,960 (max_position_embeddings)" in note
     assert said == RECKONED
 
 
 def test_a_limit_above_what_the_machine_has_is_refused(run_cli) -> None:
     refused = run_cli("recipes", "costs", "qwen3-math", "--memory", 8, "memory.limit_gb=16")
     assert refused.code == 2
-    assert "memory.limit_gb: 16 GB are more than the machine has for MLX (8.0 GB)" in refused.err
+    assert "memory.limit_gb: 16 GB is more than the machine has for MLX (8.0 GB)" in refused.err
     refused = run_cli("recipes", "costs", "qwen3-math", "--memory", 16, "--backend", "metal", "memory.limit_gb=12")
     assert "for MLX (10.7 GB)" in refused.err
     ran = run_cli("recipes", "costs", "qwen3-math", "memory.limit_gb=32")
-    assert [("memory.limit_gb: 32 GB are more" in line) for line in ran.out.splitlines()[:9]] == [
+    assert [("memory.limit_gb: 32 GB is more" in line) for line in ran.out.splitlines()[:9]] == [
         False, True, True, False, False, False, True, True, True,
     ]  # fmt: skip
 
@@ -126,7 +126,7 @@ def test_offloaded_inputs_of_layers_take_no_memory_of_the_device() -> None:
     assert held.token - offloaded.token == pytest.approx(1.05 * (36 - 2) * 4096 * 2)  # of 36 layers, in bfloat16
     assert there(24).footprint(False) == there(24, cfg=offloads).footprint(False)
     assert there(24, cfg=offloads).lengths.longest() > 1.3 * there(24).lengths.longest()
-    with pytest.raises(UserError, match="a Mac's GPU computes in the machine's own memory"):
+    with pytest.raises(UserError, match="a Mac's GPU shares the machine's memory"):
         there(24, "metal", offloads)
 
 
@@ -158,7 +158,7 @@ def test_a_plan_for_a_divided_model_counts_what_one_process_holds() -> None:
     assert there(200, cfg=cfg).plan().stays["weights"] == sum(quarter.values())
     keys = [there(200, cfg=of).decoding.outside(0, 1) for of in (of_8b(), cfg)]
     assert keys[0] == 4 * keys[1]
-    with pytest.raises(UserError, match=r"set model\.shard_size to how many"):
+    with pytest.raises(UserError, match=r"set model\.shard_size to the number"):
         weights(shard="tensor")
 
 
@@ -178,7 +178,8 @@ def test_a_plan_for_spread_weights_has_parts_during_an_update_and_the_whole_outs
     assert of_four.stays["optimizer"] == pytest.approx(12 * of_four.parameters / 4, rel=1e-3)
     assert of_four.whole == pytest.approx(3 / 4 * weights, rel=1e-3)
     assert of_four.phases["rollout"] > of_four.whole
-    assert of_four.phases["checkpoint"] == pytest.approx((1.5 + 12) * of_four.parameters, rel=1e-3)
+    largest = 4 * config["vocab_size"] * config["hidden_size"]  # a float32 moment, joined and in its shape
+    assert of_four.phases["checkpoint"] == pytest.approx(1.5 * of_four.parameters + 2 * largest, rel=1e-3)
     assert of_four.checkpointing is True
     adapter = plan(full=False, shard="fsdp", shard_size=4)
     assert "checkpoint" not in adapter.phases

@@ -35,6 +35,7 @@ def test_a_longer_row_takes_what_the_line_says(monkeypatch: pytest.MonkeyPatch) 
     policy = Policy(model, Adapters(model, AdapterConfig(rank=8), mx.random.key(0)), 1.0)
     found = measure_footprint(policy, True)
     assert measure_footprint(policy, False).alone is None
+    assert measure_footprint(policy, True, memory=mx.get_active_memory()).alone is None  # too little to measure them
     assert found.alone is not None
     (peak,) = measure_body(policy, True, [alone(2560)])
     constant, each = found.alone

@@ -12,7 +12,7 @@ from grpo.recipes import load_recipe
 from grpo.runs.prepare import prepare
 from grpo.training.schedule import learning_rate
 
-RATIOS = "each rollout has one update, and its ratios are 1: loss.{} wait for optim.num_iterations or optim.num_minib"
+RATIOS = "each rollout has one update, whose ratios are 1: loss.{} have an effect only with optim.num_iterati"
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ RATIOS = "each rollout has one update, and its ratios are 1: loss.{} wait for op
         (["loss.epsilon=0.1", "adapter.dropout=0.1"], []),
         (
             ["loss.type=vespo", "adapter.dropout=0.1"],
-            ["adapter.dropout with loss.type vespo: its weight is of the prod"],
+            ["adapter.dropout with loss.type: vespo: its weight depends on the prod"],
         ),
         (["loss.type=vespo"], []),
         (["loss.epsilon=0.1", "optim.num_iterations=2"], []),
@@ -66,10 +66,10 @@ def test_the_plan_says_it(run_cli, recipe) -> None:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        ([], "loss.importance_sampling_correction (token_truncate, say) would weigh tokens"),
-        (["loss.type=vespo"], "(token_truncate, say) would weigh tokens"),
-        (["loss.importance_sampling_correction=token_mask"], "correction weighs tokens by the difference"),
-        (["loss.type=dppo"], "dppo's ratio is to that distribution"),
+        ([], "loss.importance_sampling_correction (for example token_truncate) would"),
+        (["loss.type=vespo"], "(for example token_truncate) would correct"),
+        (["loss.importance_sampling_correction=token_mask"], "correction corrects for the difference"),
+        (["loss.type=dppo"], "dppo's ratio is relative to that distribution"),
     ],
 )
 def test_what_filters_mean_is_said_by_the_loss_and_nothing_is_advised_that_is_refused(
@@ -82,7 +82,7 @@ def test_what_filters_mean_is_said_by_the_loss_and_nothing_is_advised_that_is_re
 
 def test_the_plan_says_what_filters_mean(run_cli, recipe) -> None:
     told = " ".join(run_cli("train", recipe, "--dry-run", "rollout.top_k=3", "loss.type=dppo").out.split())
-    assert "another distribution than the policy's" in told
+    assert "change the distribution that completions" in told
     assert "importance_sampling_correction" not in told
 
 
@@ -99,7 +99,7 @@ def test_what_noise_makes_of_vespos_weights() -> None:
 @pytest.mark.parametrize(("asked", "said"), [(True, False), (False, False), (2, False), (3, True)])
 def test_more_checkpointed_layers_than_there_are_are_said(asked: bool | int, said: bool) -> None:
     note = layers_note(OptimConfig(steps=1, gradient_checkpointing=asked), 2)
-    expected = "optim.gradient_checkpointing: 3 is more than this model's 2 layers: all of them are checkpointed"
+    expected = "optim.gradient_checkpointing: 3 is more than this model's 2 layers: all layers are checkpointed"
     assert note == (expected if said else None)
 
 

@@ -50,7 +50,7 @@ def moved(line: str) -> float:
 
 @pytest.mark.parametrize("base", ["tied", "llama", "quantised", "moe", "gemma2", "gemma3_text", "cohere"])
 def test_the_adapter_is_made_to_show_and_a_right_model_passes(zoo, base: str) -> None:
-    assert 0.1 <= moved(check_parity(*made(zoo, base), TASKS, 0)) <= 3
+    assert 0.1 <= moved(check_parity(*made(zoo, base), TASKS, 0)) <= 1
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_a_way_of_decoding_that_ignores_the_adapter_is_refused(zoo, way: str) ->
     """It decodes another model, of the same weights without an adapter."""
     policy, engine = of_a_way(zoo, way)
     engine.generator.decoding = WAYS[way](zoo("tied"))
-    with pytest.raises(RunError, match=r"mean gap .* its adapter are"):
+    with pytest.raises(RunError, match=r"mean gap .* or the adapter in"):
         check_parity(policy, engine, TASKS, 0)
 
 
@@ -217,7 +217,7 @@ def test_an_adapter_that_cannot_show_is_told_of(zoo, monkeypatch) -> None:
     policy, engine = made(zoo)
     monkeypatch.setattr("grpo.planning.parity.TRIES", 1)
     monkeypatch.setattr("grpo.planning.parity.FIRST_B", 1e-6)
-    assert "too little to see whether decoding follows" in check_parity(policy, engine, TASKS, 0)
+    assert "too little to tell whether decoding uses" in check_parity(policy, engine, TASKS, 0)
 
 
 def decoded(monkeypatch, engine: RolloutEngine) -> list[list[int]]:
@@ -235,13 +235,13 @@ def decoded(monkeypatch, engine: RolloutEngine) -> list[list[int]]:
 def test_a_first_size_that_shows_is_checked_once(zoo, monkeypatch) -> None:
     policy, engine = made(zoo)
     seen = decoded(monkeypatch, engine)
-    assert 0.1 <= moved(check_parity(policy, engine, TASKS, 0)) <= 3
+    assert 0.1 <= moved(check_parity(policy, engine, TASKS, 0)) <= 1
     assert seen == [[3, 17, 40, 9]]
 
 
 @pytest.mark.parametrize(
     ("name", "value", "least", "most"),
-    [("FIRST_B", 1e-5, 0.1, 3), ("SHOWN", (0.01, 10.0, 0.02), 0.01, 0.03)],
+    [("FIRST_B", 1e-5, 0.1, 1), ("SHOWN", (0.01, 10.0, 0.02), 0.01, 0.03)],
     ids=["too small to be seen", "too large"],
 )
 def test_another_size_is_searched_with_the_shortest_prompt_and_then_checked_with_all(
@@ -266,7 +266,7 @@ def test_another_size_is_searched_with_the_shortest_prompt_and_then_checked_with
     ],
 )
 def test_a_size_of_b_is_found_that_shows_and_does_not_break_the_model(zoo, moves) -> None:
-    assert 0.1 <= moves(parity._size_of_b(made(zoo)[0], moves)) <= 3
+    assert 0.1 <= moves(parity._size_of_b(made(zoo)[0], moves)) <= 1
 
 
 def test_the_bound_grows_where_a_low_temperature_magnifies_rounding(zoo) -> None:

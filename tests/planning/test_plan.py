@@ -168,9 +168,10 @@ def test_what_a_step_of_several_updates_can_be_taken_back_to_is_counted() -> Non
 def test_only_what_is_come_to_is_measured(monkeypatch) -> None:
     measured, measure = [], planner.measure_footprint
     monkeypatch.setattr(choosing, "MUCH", 10**6)  # the toy would fit by far
-    monkeypatch.setattr(planner, "measure_footprint", lambda *asked: measured.append(asked[1]) or measure(*asked))
+    monkeypatch.setattr(planner, "memory_bytes", lambda: 2**30)
+    monkeypatch.setattr(planner, "measure_footprint", lambda *asked: measured.append(asked[1:]) or measure(*asked))
     assert not planned()[2].checkpointing
-    assert measured == [False]
+    assert measured == [(False, planner.allowed(None))]  # without checkpoints, within the run's memory
 
 
 @pytest.mark.parametrize(
@@ -242,7 +243,7 @@ def test_what_waiting_completions_keep_has_room_in_the_plan() -> None:
     assert 1 < short.slots < 16
     assert 0 < short.kept_bytes < short.waiting == with_all.waiting
     assert sum(short.stays.values()) + short.phases["rollout"] <= FREE * short.memory
-    there = f"; {planning.size_of(short.kept_bytes)} are there, and beyond that the oldest are computed again"
+    there = f"; {planning.size_of(short.kept_bytes)} are available, beyond which the oldest are recomputed"
     assert [line for line in short.lines() if "wait" in line] == [said + there]
 
 
@@ -291,7 +292,7 @@ def test_steps_are_as_wide_as_is_asked_for_and_the_slots_leave(speculate: str | 
         assert not any("drafts" in line for line in ample.lines())
     else:
         assert ample.drafts == load.need().wider(decoding, ample.slots, widest) > 0
-        said = f"drafts may take {planning.size_of(ample.drafts)} more, for steps of up to {widest} tokens a row"
+        said = f"drafts may take {planning.size_of(ample.drafts)} more, for steps of up to {widest} tokens per row"
         assert ample.lines()[-1] == said
     decoding.narrow = "it cannot"
     assert (plan(2**40).fed, plan(2**40).drafts) == (1, 0)
@@ -331,15 +332,15 @@ def test_auto_decides_and_the_decision_is_in_the_recipe() -> None:
     policy, cfg, plan = planned(lengths=SHORT)
     assert cfg.optim.micro_batch_tokens == plan.micro_batch
     assert cfg.optim.gradient_checkpointing is policy.gradient_checkpointing is plan.checkpointing is False
-    assert any(f"updates of up to {plan.micro_batch:,} tokens at once" in line for line in plan.lines())
+    assert any(f"updates in micro-batches of up to {plan.micro_batch:,} tokens" in line for line in plan.lines())
 
 
 def test_a_bound_is_said_to_be_one_and_rows_beyond_it_are_named() -> None:
     plan = planned(lengths=SHORT)[2]
     within = replace(plan, micro_batch=600, shape=Shape(1, 40, 1, 500), checkpointing=False)
-    assert "updates of up to 600 tokens at once" in within.lines()
+    assert "updates in micro-batches of up to 600 tokens" in within.lines()
     beyond = replace(within, micro_batch=256, checkpointing=True)
-    said = "updates of up to 256 tokens at once, longer completions alone (up to 540), layers checkpointed"
+    said = "updates in micro-batches of up to 256 tokens, longer completions alone (up to 540), layers checkpointed"
     assert said in beyond.lines()
 
 
@@ -374,7 +375,7 @@ def test_what_cannot_fit_is_refused_with_numbers(monkeypatch) -> None:
     monkeypatch.setattr(planner, "memory_bytes", lambda: 8 * 2**20)
     with pytest.raises(
         UserError,
-        match=r"needs \d+ MB, and the machine has 8 MB\. weights \d+ MB, .* stay in memory, and the update "
+        match=r"needs \d+ MB, but the machine has 8 MB\. weights \d+ MB, .* stay in memory, and the update "
         r"\(1 × 160 tokens after 1 × 96, layers checkpointed\) takes \d+ MB\. What would help: a smaller rollout",
     ):
         planned()

@@ -30,7 +30,7 @@ def test_scaled_positions_warn(zoo) -> None:
     assert position_note(model, 500, 12) is None
     note = position_note(model, 500, 13)
     assert note is not None
-    assert "are 513 tokens together, and the model was made for 512 (max_position_embeddings): its rope_scaling" in note
+    assert "are 513 tokens together, but the model was made for 512 (max_position_embeddings): its rope_scaling" in note
 
 
 @pytest.mark.parametrize(("scaling", "warns"), [({"rope_type": "default"}, False), ({"type": "linear"}, True)])

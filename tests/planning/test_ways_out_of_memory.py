@@ -69,7 +69,7 @@ def test_offloaded_inputs_must_have_room_in_the_other_memory() -> None:
     def longer() -> FittingLengths:
         return FittingLengths(tight.lengths._of(2 * length), tight.draft, None)
 
-    with pytest.raises(TooLargeError, match=r"moves 3\.\d GB of layers' inputs to the machine's own memory, which has"):
+    with pytest.raises(TooLargeError, match=r"moves 3\.\d GB of layers' inputs to the host's memory, which has room"):
         replace(tight, load=longer().load).plan()
     assert any(f"of {size_of(room)} in the machine's own memory" in line for line in longer().report(plan))
     ways = ways_out(tight.draft(longer().load), longer().load)

@@ -22,4 +22,4 @@ def test_only_a_process_that_has_hung_up_is_given_time_to_end(error: Exception, 
     out_of_memory, said = ended(process, Output.__new__(Output), error, "in a call", None)
     assert (process.seconds > 0) == waits
     assert not out_of_memory
-    assert said.startswith("its process made no sense in a call")
+    assert said.startswith("its process sent an invalid message in a call")

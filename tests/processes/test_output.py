@@ -15,7 +15,7 @@ def test_all_that_was_printed_is_said_at_the_end(capsys: pytest.CaptureFixture[s
     output._say = lambda line: (far.wait(0.2), said(line))
     os.write(output.descriptor, b"hello\n" * 3)
     output.close()
-    assert capsys.readouterr().err == "[mine] hello\n[mine] (2 lines more, the same as above)\n"
+    assert capsys.readouterr().err == "[mine] hello\n[mine] (2 more lines, the same as above)\n"
 
 
 def test_a_process_that_holds_the_pipe_does_not_hold_the_end() -> None:
@@ -35,6 +35,6 @@ def test_lines_that_alternate_are_said_once_in_each_scoring(capsys: pytest.Captu
         for line in lines:
             output._say(line)
     output.close()
-    first = "[mine] a\n[mine] b\n[mine] (1 line more, the same as above)\n"
-    second = "[mine] a\n[mine] b\n[mine] c\n[mine] (2 lines more, the same as above)\n"
+    first = "[mine] a\n[mine] b\n[mine] (1 more line, the same as above)\n"
+    second = "[mine] a\n[mine] b\n[mine] c\n[mine] (2 more lines, the same as above)\n"
     assert capsys.readouterr().err == first + second

@@ -295,7 +295,9 @@ def test_where_there_is_no_sandbox_it_refuses_unless_told_otherwise(monkeypatch:
     missing.cache_clear()
     monkeypatch.setattr(runner.sys, "platform", "darwin")
     try:
-        with pytest.raises(UserError, match=r"no sandbox: on darwin there is no isolation yet.*unsafe: true"):
+        with pytest.raises(
+            UserError, match=r"no sandbox: grpo isolates code only on Linux, not yet on darwin.*unsafe: true"
+        ):
             Scorer.of([RewardConfig(use="python_tests", isolation="inline")])
     finally:
         missing.cache_clear()
@@ -339,11 +341,11 @@ def test_without_a_sandbox_too_the_code_does_not_outlive_the_time_limit_of_the_r
 @pytest.mark.parametrize(
     ("tests", "said"),
     [
-        ([{"input": "1"}], "a test of a program has an input and an output"),
+        ([{"input": "1"}], "a test of a program needs an input and an output"),
         ([{"input": 1, "output": "1"}], "both texts"),
         (["pass", {"input": "", "output": ""}], "and not both"),
         ([1], "tests are texts of Python"),
-        ("assert (", "a test is no Python: '(' was never closed"),
+        ("assert (", "a test is not valid Python: '(' was never closed"),
     ],
 )
 def test_tests_that_are_none_are_a_failure_and_no_zero(tests, said: str) -> None:

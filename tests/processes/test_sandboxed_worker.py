@@ -161,7 +161,7 @@ def test_the_home_folder_is_not_shown(own: Path, monkeypatch: pytest.MonkeyPatch
     shown = Sandbox.of("test", []).readable
     assert not {str(own), str(own.parent)} & {*shown}
     assert str(Path.cwd()) in shown
-    with pytest.raises(UserError, match=r"environment 'Game': sandbox: .* holds your home folder: put the file into"):
+    with pytest.raises(UserError, match=r"environment 'Game': sandbox: .* contains your home folder: move the file to"):
         Sandbox.of("environment 'Game'", [own / "game.py"])
 
 
@@ -169,16 +169,19 @@ def test_a_file_that_nobody_may_read_is_told_of(own: Path, monkeypatch: pytest.M
     monkeypatch.setattr(worker, "is_root", lambda: True)
     (own / "game.py").write_text("")
     (own / "game.py").chmod(0o600)
-    with pytest.raises(UserError, match=rf"who may not read {own}/game.py: chmod -R o\+rX {own}"):
+    with pytest.raises(UserError, match=rf"who cannot read {own}/game.py: run chmod -R o\+rX {own}"):
         Sandbox.of("test", [own / "game.py"])
     own.chmod(0o700)
-    with pytest.raises(UserError, match=rf"who may not read {own}: chmod"):
+    with pytest.raises(UserError, match=rf"who cannot read {own}: run chmod"):
         Sandbox.of("test", [own / "server.py"])
 
 
 def test_where_there_is_no_sandbox_it_says_so_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "missing", lambda: "on darwin there is no isolation yet")
-    with pytest.raises(UserError, match=r"test: sandbox: there is none here: on darwin .* `sandbox: false` runs it as"):
+    monkeypatch.setattr(worker, "missing", lambda: "grpo isolates code only on Linux, not yet on darwin")
+    with pytest.raises(
+        UserError,
+        match=r"test: sandbox: not available here: grpo isolates .* not yet on darwin\. `sandbox: false` runs it as",
+    ):
         Sandbox.of("test", [])
 
 

@@ -91,7 +91,7 @@ def test_what_agents_fail_on_is_told_and_leaves_the_baseline(asking: Path) -> No
 
 
 def test_agents_that_ask_nothing_end_the_run_with_the_reason(asking: Path) -> None:  # noqa: F811
-    with pytest.raises(RunError, match="it asked the model nothing that was answered: it must use the base_url"):
+    with pytest.raises(RunError, match="it got no answer from the model: it must call the model with the base_url"):
         run(asking, *ONE, "environment.agent=play.py:idle")
     assert servers() == 0
 
@@ -99,8 +99,8 @@ def test_agents_that_ask_nothing_end_the_run_with_the_reason(asking: Path) -> No
 def test_a_dry_run_an_evaluation_and_a_rollout_told(asking: Path, run_cli) -> None:  # noqa: F811
     dry = run_cli("train", asking, "--dry-run")
     assert (dry.code, dry.err) == (0, "")
-    assert "environment play: an agent; it asks the model itself, and returns the reward" in dry.out
-    assert "planned for data.max_prompt_length (1,024 tokens), because an agent writes its own" in dry.out
+    assert "environment play: an agent; it calls the model itself and returns the reward" in dry.out
+    assert "planned for data.max_prompt_length (1,024 tokens), because agents write their own prompts" in dry.out
     ended = run_cli("train", asking, *ONE, "eval={split: train, prompts: 2, samples: 2}")
     assert ended.code == 0, ended.err
     assert "try it   grpo generate run --row 0\n" in ended.out
@@ -134,7 +134,7 @@ def test_a_rollout_that_fails_when_told_is_an_error(asking: Path, run_cli) -> No
     told = run_cli("generate", "run", "--row", "0")
     assert told.code == 1
     assert "the conversation failed: error: ValueError: no luck" in told.out
-    assert told.err.endswith("grpo: the conversation failed, as told above.\n")
+    assert told.err.endswith("grpo: the conversation failed: see above.\n")
 
 
 def test_a_prompt_alone_lacks_columns_and_a_row_has_them(asking: Path, run_cli) -> None:  # noqa: F811
@@ -144,7 +144,7 @@ def test_a_prompt_alone_lacks_columns_and_a_row_has_them(asking: Path, run_cli) 
     run(asking, *ONE, COMMAND)
     alone = run_cli("generate", "run", "Well?")
     assert alone.code == 1
-    assert "A prompt alone has the column 'question' and no other" in alone.err
+    assert "A prompt alone fills only the column 'question'" in alone.err
     assert "(--row 0)" in alone.err
     assert run_cli("generate", "run", "--row", "0").code == 0
 
@@ -158,7 +158,7 @@ def test_a_prompt_alone_lacks_columns_and_a_row_has_them(asking: Path, run_cli) 
         ("environment.kwargs={turn: 1}", "grpo: agent 'play': kwargs.turn: run has no such argument"),
         ("environment.env=[NO_SUCH_KEY]", "agent 'play': env: the environment has no variable NO_SUCH_KEY"),
         ("data.source=asked.jsonl", "agent 'play': run: missing a required argument: 'question'"),
-        ("rewards=[{use: 'grades.py:at_home'}]", "takes `environments`, and an agent shows none"),
+        ("rewards=[{use: 'grades.py:at_home'}]", "takes `environments`, but an agent has no environment object"),
     ],
 )
 def test_a_dry_run_finds_what_does_not_fit(asking: Path, run_cli, override: str, said: str) -> None:  # noqa: F811

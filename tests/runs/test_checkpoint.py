@@ -106,7 +106,7 @@ def test_an_old_one_that_cannot_be_deleted_is_not_an_error_of_the_new_one(tmp_pa
     monkeypatch.setattr(shutil, "rmtree", refused)
     assert damage(save(tmp_path, 10, keep=1)) is None
     assert steps(tmp_path) == [5, 10]
-    assert "step-000005 is not needed any more and could not be deleted: Permission denied" in caplog.text
+    assert "step-000005 is no longer needed but could not be deleted: Permission denied" in caplog.text
 
 
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="needs sha256sum")
@@ -167,14 +167,14 @@ def test_a_run_goes_on_from_the_newest_whole_one_and_says_what_it_passed_over(re
     (newest / "optimizer.safetensors").write_bytes(b"")
     ran = run_cli("train", recipe, "output_dir=parts", "--resume")
     assert ran.code == 0, ran.err
-    assert f"passed over {newest}: optimizer.safetensors: not what was written" in ran.out
-    assert "goes on after step 2 from parts/checkpoints/step-000002" in ran.out
+    assert f"skipped {newest}: optimizer.safetensors: changed since it was written" in ran.out
+    assert "resumes after step 2 from parts/checkpoints/step-000002" in ran.out
     same_end(Path("whole"), Path("parts"))
     for path in Path("parts/checkpoints").iterdir():
         (path / SUMS).unlink()
     refused = run_cli("train", recipe, "output_dir=parts", "--resume")
     assert refused.code == 2
-    assert "no checkpoint is whole" in refused.err
+    assert "every checkpoint is damaged" in refused.err
 
 
 def test_which_checkpoint(tmp_path) -> None:
@@ -184,7 +184,7 @@ def test_which_checkpoint(tmp_path) -> None:
     assert find_checkpoint(tmp_path, "newest") == newest
     assert find_checkpoint(tmp_path, "10") == newest
     assert find_checkpoint(tmp_path, "best") == checkpoint_path(tmp_path / "checkpoints", 5)
-    for which, said in (("7", "there is 5, 10"), ("latest", "expected newest, best or a step")):
+    for which, said in (("7", "existing checkpoints: 5, 10"), ("latest", "expected newest, best or a step")):
         with pytest.raises(UserError, match=said):
             find_checkpoint(tmp_path, which)
 
@@ -225,7 +225,7 @@ def test_a_disk_that_stays_full_ends_in_one_message_and_can_be_gone_on_from(reci
         trainer.step = lambda n: (fill(ballast) if n == 3 else None, step(n))[1]
 
     with pytest.raises(
-        RunError, match=r"step 4 could not be saved.*newest whole checkpoint is .*step-000002.*--resume"
+        RunError, match=r"step 4 could not be saved.*newest intact checkpoint is .*step-000002.*--resume"
     ):
         run(recipe, f"output_dir={folder}", change=change)
     ballast.unlink()
@@ -309,7 +309,7 @@ def test_a_folder_that_vanishes_is_made_anew(recipe, caplog) -> None:
 
     ended = run(recipe, change=change)
     assert ended.state.step == 4
-    assert "runs/toy has vanished" in caplog.text
+    assert "runs/toy was deleted during the run" in caplog.text
     assert steps(Path("runs/toy/checkpoints")) == [3, 4]
     assert [line["step"] for line in timeless(Path("runs/toy/metrics.jsonl"))] == [3, 4]
     assert find_checkpoint(Path("runs/toy"), "newest").name == "step-000004"

@@ -138,7 +138,7 @@ def test_which_steps_and_how_many(tmp_path: Path) -> None:
 def test_what_is_no_such_file(tmp_path: Path) -> None:
     path = tmp_path / "step-000001.parquet"
     path.write_text("no parquet")
-    with pytest.raises(UserError, match="not completions that a run of ours stored"):
+    with pytest.raises(UserError, match="not a file of completions that grpo stored"):
         read_completions(path)
 
 

@@ -144,7 +144,7 @@ optim: {steps: 1}
 def test_a_card_says_whom_the_model_talked_to(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(PARTNERS)
     assert _conversations(load_recipe(tmp_path / "mine.yaml")) == [
-        "It was trained in conversations of several turns, with the environments `package.games:Chess`, "
+        "It was trained in multi-turn conversations with the environments `package.games:Chess`, "
         "`package.games:Cards` and the tool `calculator`."
     ]
     assert _conversations(load_recipe(find_recipe("quickstart"))) == []
@@ -157,7 +157,7 @@ def test_a_card_names_a_program_without_the_folders_of_this_machine(tmp_path: Pa
         "environment: {command: [node, play.js, --fast]}\n"
     )
     cfg = load_recipe(tmp_path / "mine.yaml")
-    said = "It was trained in conversations of several turns, with the environment `node play.js --fast`."
+    said = "It was trained in multi-turn conversations with the environment `node play.js --fast`."
     assert _conversations(cfg) == [said]
     assert str(tmp_path) not in _recipe(cfg)
 

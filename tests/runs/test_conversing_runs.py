@@ -173,7 +173,7 @@ def test_rescored_rewards_see_the_messages(conversing: Path, run_cli) -> None:  
     assert f"{sum(results) / len(results):.4f}" in ran.out
     refused = run_cli("rewards", "score", "run", "--reward", "again.py:summed")
     assert refused.code == 2
-    assert "takes `environments`, and those of stored conversations are gone: it cannot score them again" in refused.err
+    assert "takes `environments`, but the environments of stored conversations no longer exist" in refused.err
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_a_run_without_a_task_to_begin_with_is_refused_by_its_rehearsal(recipe, 
     sources = "data={sources: [{source: train.jsonl, prompt: '{question}'}]}" if "sources" in where else "optim.steps=2"
     ran = run_cli("train", recipe, "--dry-run", sources, f"{where}.curriculum={{unseen: 0}}")
     assert ran.code == 2
-    assert "no task is left to draw: all pools that have tasks (4 unseen) have the weight 0" in ran.err
+    assert "no task is left to draw: all pools with tasks (4 unseen) have the weight 0" in ran.err
     assert "all checks passed" not in ran.out
 
 
@@ -120,7 +120,7 @@ def test_a_sampler_is_found_beside_the_recipe_and_hashed(recipe) -> None:
 @pytest.mark.parametrize(
     ("code", "said"),
     [
-        ("class Mine:\n    pass\n", "cannot be made with the stream of tasks"),
+        ("class Mine:\n    pass\n", "calling it with the stream of tasks failed"),
         ("class Mine:\n    def __init__(self, stream):\n        raise ValueError('odd')\n", "ValueError: odd|odd"),
         ("def Mine(stream):\n    return None\n", "it returned None"),
         ("class Mine:\n    def __init__(self, stream): ...\n    def take(self, n): ...\n", "it has no observe"),
@@ -136,7 +136,7 @@ def test_a_sampler_that_is_none_is_refused_before_the_first_step(recipe, code: s
 def test_a_source_that_is_given_takes_the_place_of_a_sampler_and_not_of_a_curriculum(recipe) -> None:
     given = Given(source=lambda stream: stream)
     assert isinstance(prepare(load_recipe(recipe, ["data.sampler=away.py:Gone"]), given).trainer.tasks, TaskStream)
-    with pytest.raises(UserError, match=r"data\.curriculum does nothing beside source"):
+    with pytest.raises(UserError, match=r"data\.curriculum does nothing with source"):
         prepare(load_recipe(recipe, ["data.curriculum={}"]), given)
 
 

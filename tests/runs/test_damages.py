@@ -1,4 +1,4 @@
-"""Damaged checkpoints: whatever happens to the files of one, it is noticed, passed over and refused."""
+"""Damaged checkpoints: whatever happens to the files of one, it is detected, skipped, and refused."""
 
 import json
 import random
@@ -168,7 +168,7 @@ def test_two_hundred_damages_are_noticed_passed_over_and_refused(two, do: Damage
         seen.add(repr([(path.name, path.read_bytes()) for path in sorted(newest.iterdir())]).encode())
         found, passed_over = newest_whole(newest.parent)
         assert found == older
-        assert [line.partition(": ")[0] for line in passed_over] == [f"passed over {newest}"]
+        assert [line.partition(": ")[0] for line in passed_over] == [f"skipped {newest}"]
         with pytest.raises(UserError, match=f"checkpoint {newest}: "):
             load_checkpoint(newest)
         shutil.rmtree(newest)
@@ -181,7 +181,7 @@ def test_a_shorter_list_is_not_believed_though_all_that_it_lists_is_right(two) -
     _, newest = two
     (newest / "optimizer.safetensors").unlink()
     sum_anew(newest, "adapter_config.json", "adapters.safetensors", "recipe.yaml", STATE)
-    assert damage(newest) == "SHA256SUMS: not what was written"
+    assert damage(newest) == "SHA256SUMS: changed since it was written"
 
 
 def test_what_more_there_is_and_another_steps_name_are_said(two) -> None:
@@ -189,9 +189,9 @@ def test_what_more_there_is_and_another_steps_name_are_said(two) -> None:
     (newest / ".DS_Store").write_bytes(b"a file manager's")
     assert damage(newest) is None
     (newest / "notes.txt").write_text("mine")
-    assert damage(newest) == "notes.txt: not part of this checkpoint; move it elsewhere"
+    assert damage(newest) == "notes.txt: not part of this checkpoint; move it out of the folder"
     shutil.copytree(older, newest.with_name("step-000012"))
-    assert damage(newest.with_name("step-000012")) == "is named step 12 and was written after step 5"
+    assert damage(newest.with_name("step-000012")) == "is named step 12 but was written after step 5"
     assert damage(shutil.copytree(older, newest.with_name("my-best"))) is None
     assert damage(shutil.copytree(older, newest.with_name("step-000005-copy"))) is None
     assert [path.name for path in checkpoints(newest.parent)] == ["step-000005", "step-000010", "step-000012"]
@@ -203,7 +203,7 @@ def test_one_of_an_older_form_is_refused_for_that_reason(two) -> None:
     del state["format"], state["files"]
     (newest / STATE).write_text(json.dumps(state))
     sum_anew(newest, *[line.split("  ")[1] for line in (newest / SUMS).read_text().splitlines()])
-    assert "in a form that grpo" in damage(newest)
+    assert "in a format that grpo" in damage(newest)
 
 
 @pytest.fixture

@@ -170,7 +170,7 @@ def test_what_others_see_has_no_path_of_this_machine(recipe: Path, tmp_path: Pat
 
 def test_a_function_without_splits_has_no_held_out_rows(recipe: Path) -> None:
     (recipe.parent / "rows.py").write_text(ROWS)
-    with pytest.raises(UserError, match=r"takes no `split`.* eval.source or eval.use"):
+    with pytest.raises(UserError, match=r"has no parameter `split`.* eval.source or eval.use"):
         prepared(recipe, "data.source=null", "data.use=rows.py:others", "eval={}")
 
 

@@ -95,7 +95,10 @@ def test_a_folder_in_which_a_run_goes_on_is_not_for_another(recipe) -> None:
         assert other.stdout.readline() == "held\n"
         assert is_running(folder)
         (folder / ".former").mkdir()  # as of a run that is replacing another just now
-        with pytest.raises(UserError, match="a run in this folder is going on"), run_folder(cfg, overwrite=False):
+        with (
+            pytest.raises(UserError, match="another process is training in"),
+            run_folder(cfg, overwrite=False),
+        ):
             pass
         (folder / ".former").rmdir()
         other.communicate("")

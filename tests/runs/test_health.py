@@ -38,9 +38,9 @@ def config() -> Recipe:
     [
         (0, 0, 0, False, None),
         (3, 1, 2, True, None),
-        (3, 0, 3, True, "nothing was trained in 3 steps: in no group of completions did the rewards"),
-        (1, 0, 1, True, "nothing was trained in 1 step: in no group"),
-        (3, 0, 2, True, "nothing was trained in 3 steps: every update was skipped as not finite"),
+        (3, 0, 3, True, "nothing was trained in 3 steps: the rewards did not differ within any group"),
+        (1, 0, 1, True, "nothing was trained in 1 step: the rewards did not"),
+        (3, 0, 2, True, "nothing was trained in 3 steps: every update was skipped because it was not finite"),
         (3, 0, 3, False, "nothing was trained in 3 steps: no completion got a reward: exact returned None for each"),
     ],
 )
@@ -56,7 +56,7 @@ def test_what_was_truncated_is_raised_before_more_is_sampled() -> None:
     past = PastSteps(told=("truncation",))
     state = RunState("id", TrainerState(arrays, {"steps_without_signal": 3}), step=3, rewarded=True, past=past)
     said = str(trained_on_nothing(state, config().loss, WEIGHTS))
-    assert "most completions were truncated at rollout.max_completion_length. Raise it" in said
+    assert "most completions were truncated at rollout.max_completion_length. Raise the limit" in said
     assert "temperature" not in said
 
 
@@ -80,7 +80,7 @@ def test_a_run_that_trained_on_nothing_ends_so(recipe, run_cli) -> None:
     Path("digits.py").write_text(CONSTANT)
     ran = run_cli("train", recipe, "optim.num_iterations=2")
     assert ran.code == 1
-    assert "grpo: nothing was trained in 2 steps: in no group of completions did the rewards" in ran.err
+    assert "grpo: nothing was trained in 2 steps: the rewards did not differ within any group" in ran.err
     assert "finished, untrained, after step 2" in ran.out
     assert "try it" not in ran.out
     assert "adapter  " not in ran.out
@@ -104,7 +104,7 @@ def test_a_reward_that_never_applies_gets_advice_of_its_own(recipe, run_cli) -> 
     assert load_checkpoint(checkpoint)[0].rewarded is False
     Path("digits.py").write_text(CONSTANT)
     assert (
-        "in no group of completions did the rewards"
+        "the rewards did not differ within any group"
         in run_cli("train", recipe, "--resume-changed", "optim.steps=3").err
     )
 
@@ -113,13 +113,13 @@ def test_so_does_one_whose_completions_were_all_left_out(recipe, run_cli) -> Non
     """Their rewards differ; none of them ended by itself."""
     Path("digits.py").write_text("def reward(completions, **_):\n    return list(range(len(completions)))\n")
     ran = run_cli("train", recipe, "optim.steps=1", "rollout.max_completion_length=1", CUT)
-    assert (ran.code, "or loss.mask_truncated_completions left them out" in ran.err) == (1, True), ran.err
+    assert (ran.code, "or loss.mask_truncated_completions masked the completions" in ran.err) == (1, True), ran.err
 
 
 def test_so_does_one_whose_updates_were_all_skipped(recipe, run_cli) -> None:
     Path("odd.py").write_text("def odd(logprobs, batch, cfg):\n    return logprobs / 0\n")
     ran = run_cli("train", recipe, "loss.use=odd.py:odd")
-    assert (ran.code, "every update was skipped as not finite" in ran.err) == (1, True), ran.err
+    assert (ran.code, "every update was skipped because it was not finite" in ran.err) == (1, True), ran.err
     assert list(Path("runs/toy/not_finite").iterdir())
 
 
@@ -257,7 +257,7 @@ def test_a_model_that_got_worse_is_told() -> None:
     said = verdict(before, after, cfg)
     assert said.startswith("this run made the model worse: eval/avg@4 from 37.5% (")
     assert (
-        "to 0.0% (0.0% to 5.7%), 95 % intervals. Try a lower optim.learning_rate than 1e-05, or hold the model" in said
+        "to 0.0% (0.0% to 5.7%), 95 % intervals. Try a lower optim.learning_rate than 1e-05, or keep the model" in said
     )
     assert "checkpoint" not in said
     assert "checkpoint 3 was the best (grpo export RUN --checkpoint best)" in verdict(before, after, cfg, Best(3, 0.4))

@@ -86,7 +86,8 @@ def test_the_loss_of_a_process_ends_a_step_and_saves_the_one_before(recipe: Path
         run(recipe, "optim.steps=5", "checkpoint.every=100", change=losing(Fellow(0), 1))
     saved = Path("runs/toy/checkpoints/step-000002")
     assert str(ended.value) == (
-        f"process 1 of 2 (other) died. Saved is {saved}: --resume goes on after it, with fewer or more processes too"
+        f"process 1 of 2 (other) died. The run is saved in {saved}: continue with --resume, "
+        "with any number of processes"
     )
     assert ended.value.speaks
     assert saved.is_dir()
@@ -135,7 +136,7 @@ def test_a_first_process_that_still_holds_the_folder_is_left_to_save(recipe: Pat
         assert holders[0].stdout is not None
         holders[0].stdout.readline()
 
-    with pytest.raises(LostRankError, match=r"died\. runs/toy: process 0 still holds it, and is left to save"):
+    with pytest.raises(LostRankError, match=r"died\. runs/toy: process 0 is still alive and holds"):
         run(recipe, "optim.steps=5", "checkpoint.every=100", change=losing(Fellow(1), 0, before=hold))
     holders[0].communicate()
     assert not Path("runs/toy/checkpoints").exists()
@@ -184,7 +185,7 @@ def test_an_error_of_the_ring_in_a_layer_is_the_loss_and_other_errors_are_their_
     def fail() -> mx.array:
         raise RuntimeError("a kernel failed")
 
-    with pytest.raises(LostRankError, match="exchange with the others failed, and all of them are there: a kernel"):
+    with pytest.raises(LostRankError, match="exchange with the others failed, although all are running: a kernel"):
         ranks._exchange(fail)
     assert ranks.watch is not None
     ranks.watch.loss = LostRank(1, "process 1 of 2 (other) died")
@@ -368,7 +369,7 @@ def test_a_process_whose_code_holds_the_lock_of_python_is_not_lost(recipe: Path)
     assert [process.returncode for process in processes] == [0, 0], said
     assert steps_made() == [1, 2, 3]
     assert "process 1 of 2" in said[0]
-    assert "has been silent for 6 s, but it runs" in " ".join(said[0].split())
+    assert "has been silent for 6 s, but still runs" in " ".join(said[0].split())
 
 
 def saved_after(checkpoint: Path) -> int:

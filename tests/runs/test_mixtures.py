@@ -193,7 +193,7 @@ def test_rows_that_are_streamed_are_planned_for_by_their_limit_and_watched_too(m
     overrides = ["data.sources.1.streaming=true", "data.sources.1.max_prompt_length=77", "data.sources.1.window=2"]
     run, cfg = prepared(mixed, *overrides), load_recipe(mixed, overrides)
     assert run.plan.tokens == 8 * (77 + 8)
-    (note,) = [note for note in run.notes if "as they come" in note]
+    (note,) = [note for note in run.notes if "rows are streamed" in note]
     assert note.startswith("prompts of spell: planned for spell.max_prompt_length (77 tokens)")
     assert note.endswith("they are shuffled in windows of 2")
     written = context(cfg, {}, {}, {}, run.rows)
@@ -241,12 +241,12 @@ def test_the_first_tasks_are_of_all_sources(mixed: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("data.sources.1.rewards=[word]", r"'spell': the recipe has no reward 'word'; .*Did you mean 'words'"),
+        ("data.sources.1.rewards=[word]", r"'spell': the recipe has no reward 'word'\. .*Did you mean 'words'"),
         ("data.sources.1.rewards=null", r"reward 'sums'.*'answer'.*columns of the source 'spell'"),
         ("data.sources.1.rewards=[length]", r"reward 'words' does nothing: each of data\.sources names its rewards"),
         (
             "data={prompt: '{word}', sources: [{source: spell.jsonl, rewards: []}, {source: spell.jsonl, name: two}]}",
-            r"nothing rewards the tasks of 'spell', so they teach nothing",
+            r"nothing rewards the tasks of 'spell', so the model learns nothing from them",
         ),
         ("data.sources.1.prompt={noun}", r"no column 'noun' in row 0 of .*spell\.jsonl"),
         ("data.sources.1.source=away.jsonl", r"away\.jsonl: there is no such file"),
@@ -258,7 +258,10 @@ def test_the_first_tasks_are_of_all_sources(mixed: Path) -> None:
             r"data\.sources\.1\.name: expected a name in one line, without slashes, other than data and eval",
         ),
         ("data.sources.1.name=' '", r"data\.sources\.1\.name: expected a name in one line"),
-        ("data.sources.1.source='*/*.jsonl'", r"data\.sources\.1 would be called '\*/\*\.jsonl': give it a name"),
+        (
+            "data.sources.1.source='*/*.jsonl'",
+            r"data\.sources\.1 would get the name '\*/\*\.jsonl', which metrics cannot use",
+        ),
         ("data.window=5", r"data\.window does nothing: it is for sources with streaming"),
         (
             "data.sources.1={streaming: true, source: spell.jsonl, curriculum: {}}",

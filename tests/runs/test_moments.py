@@ -68,7 +68,7 @@ def test_an_error_at_any_moment_of_a_step_leaves_the_step_before(recipe, kind, m
             run(recipe, *settings, f"output_dir={moment}", change=at(moment, patch))
         lost = FULL in kind and moment in AFTER
         assert ("Step 1 could not be saved: step 2 failed in the middle" in caplog.text) == lost, moment
-        assert ("there is no whole checkpoint yet, so all steps of this run are lost. A" in caplog.text) == lost, moment
+        assert ("is no intact checkpoint yet, so all steps of this run are lost. A" in caplog.text) == lost, moment
         assert steps(moment) == ([] if lost else ["step-000001"]), moment
         if not lost:
             assert saved(moment, 1) == saved("whole", 1), moment

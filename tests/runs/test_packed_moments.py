@@ -68,7 +68,7 @@ def test_another_optimizer_is_refused_in_words(recipe) -> None:
 
 
 def test_moments_that_are_all_too_small_are_said(recipe) -> None:
-    said = "optim.moments: int8 does nothing here: every array that trains has fewer than 4,096 numbers"
+    said = "optim.moments: int8 does nothing here: every trained array has fewer than 4,096 numbers"
     for rank, notes in ((2, 1), (64, 0)):
         prepared = prepare(load_recipe(recipe, [f"adapter.rank={rank}", INT8]))
         with prepared.opened:

@@ -43,14 +43,14 @@ def config(name: str | None, **settings) -> EnvironmentConfig:
 @pytest.mark.parametrize(
     ("settings", "tools", "said"),
     [
-        ({"use": "rooms.py:Silent", "max_turns": 3}, (), "environment.max_turns does nothing: Silent has nothing to"),
+        ({"use": "rooms.py:Silent", "max_turns": 3}, (), "environment.max_turns does nothing: Silent offers no tools"),
         (
             {"use": "rooms.py:Text", "max_tool_calls": 3},
             (),
-            "environment.max_tool_calls does nothing: Text has nothing",
+            "environment.max_tool_calls does nothing: Text offers no tools",
         ),
         ({"use": "rooms.py:Own", "timeout": 3.0}, (), "environment.timeout does nothing: its class makes trajectories"),
-        ({"use": "rooms.py:Own"}, ("rooms.py:look",), "tools do nothing beside environment.use: its class makes"),
+        ({"use": "rooms.py:Own"}, ("rooms.py:look",), "tools do nothing with environment.use: its class makes"),
         ({"use": "rooms.py:Nobody"}, (), "no class 'Nobody' there"),
         ({}, ("calculater",), "there is no tool of that name. Did you mean 'calculator'"),
     ],
@@ -73,15 +73,15 @@ def test_tools_that_the_model_may_call_count_as_something_to_do() -> None:
 def test_an_environment_that_samples_by_itself_is_made_here_and_is_alone() -> None:
     partners = invite({"": EnvironmentConfig(use="rooms.py:Own")}, [], NOTHING, 1)
     assert (type(partners.own).__name__, partners.hosts) == ("Own", {})
-    with pytest.raises(UserError, match=r"environments\.b: its class makes.*the only environment of a run"):
+    with pytest.raises(UserError, match=r"environments\.b: its class makes.*the only environment of the run"):
         invite({"a": config("Text"), "b": config("Own")}, [], NOTHING, 1)
 
 
 def test_methods_that_look_like_tools_beside_text_are_told_of() -> None:
     told = Description("Shop", "text", withheld=["price", "stock"])
     assert described(told) == (
-        "environment Shop: it answers the model; price, stock are not offered to the model beside step(text): "
-        "step(message) offers tools, too"
+        "environment Shop: it replies to the model; price, stock are not offered to the model, "
+        "because the environment has step(text): step(message) offers tools too"
     )
 
     class Shop:
@@ -111,7 +111,8 @@ def test_rows_say_which_environment_and_have_the_columns_that_it_needs() -> None
     for columns, said in (
         (
             {"environment": "lout"},
-            "environments: row 7 of data has 'lout' in the column 'environment', and there is quiet",
+            "environments: row 7 of data has 'lout' in the column 'environment', but the recipe's environments "
+            "are quiet",
         ),
         ({}, "row 7 of data has None in the column 'environment'"),
         ({"environment": "quiet"}, "environment 'Silent': reset: missing a required argument: 'question'"),
@@ -128,7 +129,7 @@ def test_objects_live_in_this_process_and_settings_of_processes_do_nothing() -> 
             return "No."
 
     given = Given({"__main__:Mine": Mine})
-    with pytest.raises(UserError, match=r"environment\.sandbox does nothing for objects"):
+    with pytest.raises(UserError, match=r"environment\.sandbox does nothing for Python objects"):
         invite({"": EnvironmentConfig(use="__main__:Mine", sandbox=True)}, [], given, 1)
     partners = invite({"": EnvironmentConfig(use="__main__:Mine")}, [], given, 1)
     ((host, _),) = partners.hosts.values()

@@ -34,7 +34,7 @@ def test_the_plan_counts_longer_prompts_and_completions_that_wait(recipe: Path) 
     assert [run.plan.tokens for run in runs] == [8 * (longest + 8) for longest in (max(lengths), max(lengths), 100)]
     _, mute, talk = (next(note for note in run.notes if note.startswith("prompts: at most")) for run in runs)
     assert talk == (
-        f"{mute}; planned for data.max_prompt_length (100 tokens), because an environment's reset may add to them"
+        f"{mute}; planned for data.max_prompt_length (100 tokens), because an environment's reset may lengthen them"
     )
     keys_and_values = 2 * 2 * 16 * 2 * 4  # two heads of 16, of each, in each of two layers, four bytes each
     own = [8, 8 + 100 - min(lengths)]

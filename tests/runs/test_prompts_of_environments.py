@@ -23,7 +23,7 @@ def test_rows_without_prompts(conversing: Path, run_cli) -> None:  # noqa: F811
     assert ran.code == 0, ran.err
     said = " ".join((ran.out + ran.err).split())
     assert f"8 completions, at most {8 * (200 + 64):,} tokens" in said
-    assert "; planned for data.max_prompt_length (200 tokens), because an environment's reset may add to them" in said
+    assert "; planned for data.max_prompt_length (200 tokens), because an environment's reset may lengthen them" in said
 
 
 @pytest.mark.parametrize(
@@ -31,15 +31,15 @@ def test_rows_without_prompts(conversing: Path, run_cli) -> None:  # noqa: F811
     [
         (
             "raise KeyError('hats')",
-            r"environment 'Room' \(.*room\.py:Room\): it cannot begin with row 0 of data: KeyError",
+            r"environment 'Room' \(.*room\.py:Room\): reset failed for row 0 of data: KeyError",
         ),
         ("raise KeyError('hats')", r"room\.py:2\)"),
-        ("return 3", "it cannot begin with row 0 of data: reset returned 3: return None, text"),
+        ("return 3", "reset failed for row 0 of data: reset returned 3: return None, text"),
         (
             "return None",
-            r"data\.prompt: the rows have no column 'prompt' \(there is question\), and the reset of envir",
+            r"data\.prompt: the rows have no column 'prompt' \(they have question\), and the reset of envir",
         ),
-        ("return ' '", "the model would be asked nothing"),
+        ("return ' '", "returns no prompt either"),
     ],
 )
 def test_reset_is_tried_on_the_first_row_before_the_first_step(conversing: Path, reset: str, said: str) -> None:  # noqa: F811
@@ -97,5 +97,5 @@ def test_conversations_of_each_source_begin_with_its_system_message_and_limit(co
     assert begun["plain"].failure is None
     assert "90" in begun["brief"].failure.error
     conversing.write_text(text.replace("max_prompt_length: 300", "chat_template_kwargs: {a: 1}"))
-    with pytest.raises(UserError, match=r"'brief' and 'plain' differ in chat_template_kwargs, and all conversations"):
+    with pytest.raises(UserError, match=r"'brief' and 'plain' differ in chat_template_kwargs, but all conversations"):
         prepare(load_recipe(conversing, []))

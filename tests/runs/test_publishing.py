@@ -70,8 +70,8 @@ def test_an_error_that_nobody_expected_is_masked_too(recipe, run_cli, monkeypatc
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("rewards.0.kwargs.auth=Bearer sk-judge-1234", "rewards.0.kwargs.auth holds the value of JUDGE_API_KEY"),
-        ("log.wandb.notes=key sk-judge-1234", "log.wandb.notes holds the value of JUDGE_API_KEY"),
+        ("rewards.0.kwargs.auth=Bearer sk-judge-1234", "rewards.0.kwargs.auth contains the value of JUDGE_API_KEY"),
+        ("log.wandb.notes=key sk-judge-1234", "log.wandb.notes contains the value of JUDGE_API_KEY"),
         ("rewards.0.kwargs.api_key=abc", "rewards.0.kwargs.api_key looks like a secret"),
         ("rewards.0.kwargs.openai_api_key=abc", "rewards.0.kwargs.openai_api_key looks like a secret"),
         ("rewards.0.kwargs.stop_token=</answer>", None),

@@ -38,7 +38,7 @@ def test_of_doubled_lines_the_last_is_kept_and_it_is_said(log, caplog) -> None:
     write(log, 1, 2, 3, 2, 3, 4, 9, 9)
     rewind(log, range(1, 5), complete=True)
     assert read(log) == [(1, 0), (2, 3), (3, 4), (4, 5)]
-    assert caplog.messages == [f"{log}: more than one line for steps 2 to 3; the last line of each is kept"]
+    assert caplog.messages == [f"{log}: more than one line for steps 2 to 3; grpo keeps the last line of each step"]
 
 
 def test_lost_lines_are_said(log, caplog) -> None:
@@ -46,7 +46,7 @@ def test_lost_lines_are_said(log, caplog) -> None:
     rewind(log, range(1, 11), complete=True)
     assert read(log) == [(1, 0), (3, 2), (4, 1), (8, 3)]
     assert [message.partition(": ")[2] for message in caplog.messages] == [
-        "no line for steps 2, 5 to 7, 9 to 10. Training goes on all the same; reports lack them"
+        "no line for steps 2, 5 to 7, 9 to 10. Training continues; reports will lack these steps"
     ]
 
 

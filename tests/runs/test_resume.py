@@ -226,7 +226,7 @@ def test_a_run_without_a_checkpoint_begins_anew(beside) -> None:
     run(beside, "output_dir=parts", change=interrupt_in(1, "rollout"))
     assert not Path("parts").exists()
     start = find_start(load_recipe(beside, ["output_dir=parts"]), resume=True)
-    assert start.notes == ("no checkpoint to go on from: begins at step 0",)
+    assert start.notes == ("no checkpoint to resume from: begins at step 0",)
     run(beside, "output_dir=parts", resume=True)
     same_end(Path("whole"), Path("parts"))
 
@@ -307,6 +307,6 @@ def test_what_contradicts_itself_or_is_no_record_is_refused(six) -> None:
         run(six, resume=True, overwrite=True)
     log = Path("runs/toy/metrics.jsonl")
     log.write_text("my own notes\n" + log.read_text())
-    with pytest.raises(UserError, match=r"metrics.jsonl:1: not a record that grpo wrote; mend or delete it"):
+    with pytest.raises(UserError, match=r"metrics.jsonl:1: not a record that grpo wrote; fix or delete it"):
         run(six, changed=True)
     assert log.read_text().startswith("my own notes")

@@ -122,7 +122,7 @@ def test_commands_dry_run_try_it_and_score_again(graded: Path, run_cli) -> None:
     assert run_cli("train", graded, BESIDE, "optim.steps=1", "output_dir=done").code == 0
     scored = run_cli("rewards", "score", "done", "--reward", "model:judge")
     assert scored.code == 0, scored.err
-    assert "0 of 8 completions get another score; 0 failures" in scored.out
+    assert "0 of 8 completions get a different score; 0 failures" in scored.out
     late = run_cli("rewards", "score", "done", "--reward", "model:judge", "--timeout", "3")
     assert (late.code, late.err.count("timeout does nothing for a reward model")) == (2, 1), late.err
 

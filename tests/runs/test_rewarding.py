@@ -87,19 +87,19 @@ ALSO_WEIGHTLESS = "rewards: [{use: exact_match, weight: 0}]\n"
     [
         ("Silent", "it has no get_reward, and by its annotation look returns no grpo.Step"),
         ("Mute", "it has no get_reward, and by their annotations look and step return no grpo.Step"),
-        ("Dumb", "it has no get_reward, and the model can call nothing of it"),
+        ("Dumb", "it has no get_reward, and it has nothing that the model can call"),
     ],
 )
 def test_a_run_that_nothing_rewards_is_refused(name: str, why: str, more: str) -> None:
     with pytest.raises(UserError) as refused:
         checked(of(name) + more)
     said = str(refused.value)
-    assert said.startswith("rewards: nothing would reward the model: the recipe names no reward with a weight, and")
+    assert said.startswith("rewards: nothing rewards the model: the recipe names no reward with a weight, and")
     assert f"{name} gives no reward: {why}. Name a reward" in said
 
 
 def test_an_environment_whose_weight_is_0_rewards_nobody() -> None:
-    with pytest.raises(UserError, match=r"nothing would reward the model: .* Silent gives no reward"):
+    with pytest.raises(UserError, match=r"nothing rewards the model: .* Silent gives no reward"):
         checked(TWO.replace("Scoring,", "Scoring, weight: 0,"))
 
 
@@ -137,7 +137,9 @@ def test_it_is_said_where_only_steps_can_reward(name: str) -> None:
 
 def test_of_several_environments_it_is_said_which_teaches_nothing() -> None:
     (note,) = checked(TWO)
-    assert note.startswith("rewards: the recipe names none, so conversations with Silent teach nothing: Silent gives")
+    assert note.startswith(
+        "rewards: the recipe names none, so the model learns nothing from conversations with Silent: Silent gives"
+    )
 
 
 @pytest.mark.parametrize("text", [of("Scoring"), of("Silent") + REWARDED, "tools: [calculator]\n" + REWARDED])
@@ -147,7 +149,7 @@ def test_nothing_is_said_where_something_rewards(text: str) -> None:
 
 def test_an_environment_that_makes_trajectories_needs_a_reward() -> None:
     own = 'environment: {use: "rooms.py:Own"}\n'
-    with pytest.raises(UserError, match=r"rewards: a run needs one with a weight: .* and gives no rewards"):
+    with pytest.raises(UserError, match=r"rewards: the run needs a reward with a weight: .* and gives no rewards"):
         checked(own)
     with pytest.raises(UserError, match=r"advantage\.turns: turn does nothing"):
         checked(own + REWARDED + "advantage: {turns: turn}\n")
@@ -164,7 +166,7 @@ def test_a_dry_run_says_it(recipe: Path, run_cli) -> None:
     assert "rewards: the recipe names none, and Unsure has no get_reward" in ran.out
     ran = run_cli("train", recipe, "--dry-run", "environment.use=rooms.py:Mute")
     assert ran.code == 2
-    assert "rewards: nothing would reward the model" in ran.err
+    assert "rewards: nothing rewards the model" in ran.err
 
 
 @pytest.mark.parametrize(

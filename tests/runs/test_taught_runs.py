@@ -80,7 +80,7 @@ def test_lines_that_the_teacher_cannot_read_are_not_made(
 
     def can_pack(policy: Policy) -> bool:
         if not reads and isinstance(policy.adapters, NoAdapters):
-            policy.slow.append("each completion trains in a row of its own, not behind others: it is told why")
+            policy.slow.append("completions are not packed; each trains in its own row: the reason")
             return False
         return True
 
@@ -97,12 +97,14 @@ def test_a_model_with_another_tokenizer_is_refused(taught: Path, toy_folder: Pat
     other = shutil.copytree(toy_folder, tmp_path / "other")
     file = other / "tokenizer.json"
     file.write_text(file.read_text().replace('"7"', '"seven"', 1))
-    with pytest.raises(UserError, match=r"teacher.model: .*other has another tokenizer than the model .*token '7'"):
+    with pytest.raises(UserError, match=r"teacher.model: .*other has a different tokenizer .*token '7'"):
         prepared(taught, "teacher.model=other")
 
 
 def test_an_adapter_that_does_not_fit_is_refused(taught: Path) -> None:
-    with pytest.raises(UserError, match=r"teacher.adapter .*To learn from it, a recipe says adapter: \{rank: 16"):
+    with pytest.raises(
+        UserError, match=r"teacher.adapter .*To learn from it, set this in the recipe: adapter: \{rank: 16"
+    ):
         prepared(taught, "teacher.adapter=teacher", "adapter.rank=4")
     with pytest.raises(UserError, match=r"teacher.adapter nowhere"):
         prepared(taught, "teacher.adapter=nowhere")

@@ -114,13 +114,13 @@ def test_the_plan_counts_the_end_of_the_prompt_for_each_completion(dropping: Pat
     [
         (
             "model.name=talker",
-            "thinking: drop drops nothing: the model's chat template leaves out no thinking",
+            "thinking: drop has no effect: the model's chat template does not leave out thinking",
         ),
         (
             "data.chat_template=never",
-            "thinking: drop drops nothing: the model talks without a chat template",
+            "thinking: drop has no effect: prompts do not use a chat template",
         ),
-        ("environment.use=room.py:Room", "environment.thinking: drop does nothing: Room does not answer as the user"),
+        ("environment.use=room.py:Room", "environment.thinking: drop does nothing: Room does not reply as the user"),
     ],
 )
 def test_where_it_would_do_nothing_it_is_refused(dropping: Path, run_cli, changed: str, said: str) -> None:

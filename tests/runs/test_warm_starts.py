@@ -66,7 +66,7 @@ def what_to_write(recipe: Path, folder: Path) -> str:
     """The section that a recipe is told to have, as an override, with the adapter's folder."""
     with pytest.raises(UserError) as refused:
         prepare(load_recipe(recipe, [f"adapter.path={folder}", "adapter.rank=3"]))
-    section = re.search(r"To go on from it, a recipe says adapter: \{(.*)\}$", str(refused.value))
+    section = re.search(r"To continue from it, set this in the recipe: adapter: \{(.*)\}$", str(refused.value))
     assert section, str(refused.value)
     return f"adapter={{{section[1]}, path: {folder}}}"
 

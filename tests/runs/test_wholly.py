@@ -191,8 +191,9 @@ def test_whole_weights_that_an_error_left_in_the_middle_are_not_saved_and_that_i
     assert steps("runs/toy") == ["step-000002"]
     assert saved("runs/toy", 2) == saved("whole", 2)
     assert (
-        "Step 3 could not be saved: step 4 failed in the middle of its update of the weights, and a run of "
-        "adapter.type: full holds them only once; the newest whole checkpoint is runs/toy/checkpoints/step-000002"
+        "Step 3 could not be saved: step 4 failed in the middle of its update of the weights, and a run with "
+        "adapter.type: full holds only one copy of them; the newest intact checkpoint is "
+        "runs/toy/checkpoints/step-000002"
     ) in caplog.text
     assert (Path("runs/toy") / ENDED).read_text() == "failed\n"
     run(recipe, *settings, "checkpoint.every=2", resume=True)

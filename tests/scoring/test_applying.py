@@ -101,12 +101,12 @@ def test_the_first_reward_that_scores_a_source_grades_it(scorer: Scorer) -> None
 
 def test_columns_are_checked_for_the_rewards_of_their_source(scorer: Scorer) -> None:
     scorer.check(["tests"], "code")
-    with pytest.raises(UserError, match=r"reward 'of_code'.*'tests'.*These are columns of the source 'code'"):
+    with pytest.raises(UserError, match=r"reward 'of_code'.*'tests'.*These are the columns of the source 'code'"):
         scorer.check(["answer"], "code")
     with pytest.raises(UserError, match=r"write columns: \{tests: THAT_NAME\} in the source 'code'\. These are"):
         scorer.check(["answer"], "code")
 
 
 def test_a_name_that_no_reward_has_is_refused() -> None:
-    with pytest.raises(UserError, match=r"'math': the recipe has no reward 'of_mat'; .*Did you mean 'of_math'"):
+    with pytest.raises(UserError, match=r"'math': the recipe has no reward 'of_mat'\. .*Did you mean 'of_math'"):
         Applying({"math": ["of_mat"]}).check(["of_math", "of_code"])

@@ -167,11 +167,11 @@ def test_a_key_from_a_file_works_and_one_that_no_header_takes_is_not_shown(monke
 @pytest.mark.parametrize(
     ("kwargs", "said"),
     [
-        ({"concurrency": 0}, "concurrency is at least 1"),
+        ({"concurrency": 0}, "concurrency must be at least 1"),
         ({"retries": -1}, "retries at least 0"),
-        ({"pattern": "("}, "is no regular expression"),
+        ({"pattern": "("}, "is not a regular expression"),
         ({"pattern": "(a)(b)"}, "has 2 groups"),
-        ({"prompt": '{"json": 1} {completion'}, "a brace of the text itself is doubled"),
+        ({"prompt": '{"json": 1} {completion'}, "write {{ and }} for literal braces"),
     ],
 )
 def test_what_the_judge_cannot_do_is_found_before_the_run(kwargs, said: str) -> None:

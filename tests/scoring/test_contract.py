@@ -54,12 +54,12 @@ def test_arguments_go_to_the_function_or_to_what_makes_it(function, kwargs, valu
     [
         (scaled, {"bye": 3}, "kwargs.bye: there is no such argument. Did you mean 'by'?"),
         (scaled, {"by": "three"}, 'kwargs.by: expected a valid integer, got "three"'),
-        (scaled, {"completions": 3}, "kwargs.completions: there is no such argument. It takes by."),
+        (scaled, {"completions": 3}, "kwargs.completions: there is no such argument. Its arguments: by."),
         (make, {}, "kwargs: missing a required argument: 'power'"),
         (make, {"power": [1]}, "kwargs.power: expected a valid number, got [1]"),
         (Longest, {"at_most": 0}, "at_most is at least 1"),
-        (lambda: {}["key"], {}, "it cannot be made ready: KeyError: 'key'"),
-        (lambda: 3, {}, "should give a reward function, not 3"),
+        (lambda: {}["key"], {}, "the factory raised KeyError: 'key'"),
+        (lambda: 3, {}, "must return a reward function; this one returned 3"),
     ],
 )
 def test_arguments_that_do_not_fit_are_found_before_the_run(function, kwargs, said: str) -> None:
@@ -84,7 +84,7 @@ def test_what_makes_a_function_takes_no_completions() -> None:
 
 
 def test_an_argument_and_a_column_of_one_name() -> None:
-    assert Reward(scaled, {"by": 2}).problem(["by"]) == "kwargs.by: the dataset has a column of that name"
+    assert Reward(scaled, {"by": 2}).problem(["by"]) == "kwargs.by: the dataset has a column of the same name"
     assert Reward(scaled, {"by": 2}).problem(["answer"]) is None
 
 

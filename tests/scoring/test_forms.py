@@ -197,7 +197,7 @@ def test_a_paid_one_is_not_called_again(monkeypatch) -> None:
 
     monkeypatch.setitem(globals(), "PAID", True)
     said = Reward(mine, {})(TEXT, {}).failures[0]
-    assert (len(calls), "write completions: messages beside its `use`" in said) == (1, True)
+    assert (len(calls), "write completions: messages next to its `use`" in said) == (1, True)
     other = Reward(lambda **_: int("x"), {})(TEXT, {}).failures[0]
     assert "completions: messages" not in other.splitlines()[0]
     assert Reward(mine, {}, "messages")(TEXT, {}).values == [1.0, 2.0]
@@ -271,4 +271,4 @@ def test_a_run_with_a_reward_written_for_trl(run_cli, recipe, tmp_path) -> None:
     assert ran.code == 0, ran.err
     assert "failed" not in ran.out + ran.err
     scored = run_cli("rewards", "score", "runs/toy", "--reward", "mine.py:asked")
-    assert "0 of 8 completions get another score; 0 failures" in scored.out, scored.out + scored.err
+    assert "0 of 8 completions get a different score; 0 failures" in scored.out, scored.out + scored.err

@@ -140,7 +140,7 @@ def test_what_a_host_answers_is_read_with_care(reply) -> None:
     host = FakeHost()
     host.answers.append(reply)
     (scored,) = made(host, max_failure_rate=1).score([group(*things(1, 2), answer="0")])
-    assert all("its process made no sense" in r.failures["own"].error for r in scored.rollouts)
+    assert all("its process sent an invalid reply" in r.failures["own"].error for r in scored.rollouts)
 
 
 def test_what_it_raises_is_its_failure() -> None:
@@ -154,13 +154,13 @@ def test_what_it_raises_is_its_failure() -> None:
 
 def test_without_environments_it_is_refused() -> None:
     configs = [RewardConfig(use=USE, isolation="inline")]
-    with pytest.raises(UserError, match="reward 'own' takes `environments`, and there are none here"):
+    with pytest.raises(UserError, match="reward 'own' takes `environments`, but the recipe has none"):
         Scorer.of(configs, functions={USE: own})
 
 
 @pytest.mark.parametrize(
     ("config", "said"),
-    [({"calls": "step"}, "cannot have calls: step: the environments of a step live in several processes")],
+    [({"calls": "step"}, "cannot have calls: step. The environments of a step live in several processes")],
 )
 def test_settings_that_cannot_hold_are_refused(config: dict, said: str) -> None:
     with pytest.raises(UserError, match=said):
@@ -175,9 +175,9 @@ def test_a_worker_says_that_its_function_takes_environments(tmp_path) -> None:
     scorer = scorer_of(host, rewards=[RewardConfig(use=str(file))])
     assert list(host.loaded) == ["mine"]
     assert scorer.score([group(*things(4))])[0].rollouts[0].scores["mine"] == 4.0
-    with pytest.raises(UserError, match=r"its own memory_gb would do nothing: write environment\.memory_gb"):
+    with pytest.raises(UserError, match=r"its own memory_gb has no effect: write environment\.memory_gb"):
         scorer_of(host, rewards=[RewardConfig(use=str(file), memory_gb=1)])
-    with pytest.raises(UserError, match="there are none here"):
+    with pytest.raises(UserError, match="but the recipe has none"):
         Scorer.of([RewardConfig(use=str(file))])
 
 
@@ -201,7 +201,7 @@ def test_who_takes_environments() -> None:
 
 def test_it_is_not_rehearsed() -> None:
     (note,) = rehearse(made(), [Task(0, "?", (), {"answer": "1"})], lambda text: [1])
-    assert "'own' was not tried: it takes `environments`" in note
+    assert "'own' was not called: it takes `environments`" in note
 
 
 def test_a_home_never_leaves_this_process() -> None:
@@ -215,13 +215,13 @@ def test_a_home_never_leaves_this_process() -> None:
 def test_beside_tools_alone_it_is_refused() -> None:
     config = RewardConfig(use=USE, isolation="inline")
     tools = [(FakeHost("tools"), EnvironmentConfig())]
-    with pytest.raises(UserError, match=r"reward 'own' takes `environments`, and beside tools alone there are none"):
+    with pytest.raises(UserError, match=r"reward 'own' takes `environments`, but the recipe has only tools"):
         Scorer.of([config], functions={USE: own}, hosts=tools)
 
 
 def test_isolation_inline_would_do_nothing_where_environments_live(tmp_path: Path) -> None:
     use = f"{tmp_path}/mine.py:seen"
     Path(tmp_path, "mine.py").write_text("def seen(completions, environments, **_): return [1.0] * len(completions)\n")
-    with pytest.raises(UserError, match=r"'seen' takes `environments`, so .* isolation: inline would do nothing"):
+    with pytest.raises(UserError, match=r"'seen' takes `environments`, so .* isolation: inline has no effect"):
         scorer_of(FakeHost(), rewards=[RewardConfig(use=use, isolation="inline")])
     scorer_of(FakeHost(), rewards=[RewardConfig(use=use)]).close()

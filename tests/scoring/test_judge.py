@@ -74,7 +74,7 @@ def test_columns_are_asked_about_and_null_is_no_question(make_policy, toy_folder
     assert none.rollouts[0].scores["judge"] is None
     assert scorer.failures == {"judge": 0}
     scorer.check(["answer"])
-    with pytest.raises(UserError, match=r"kwargs.prompt names \{answer\}, and the dataset has no such column"):
+    with pytest.raises(UserError, match=r"kwargs.prompt uses \{answer\}, but the dataset has no such column"):
         scorer.check(["gold"])
 
 
@@ -84,7 +84,7 @@ def test_what_is_too_long_fails_alone(make_policy) -> None:
     scorer.judges[0].bind(toy.policy, toy.tokenizer)
     (scored,) = scorer.score([group("2", "9" * 80)])
     assert scored.rollouts[0].scores["judge"] is not None
-    assert "tokens, and it reads 60 at most" in str(scored.rollouts[1].failures["judge"])
+    assert "tokens, but the judge reads at most 60" in str(scored.rollouts[1].failures["judge"])
 
 
 def test_a_system_message_and_the_template_s_arguments_are_given(make_policy) -> None:
@@ -107,7 +107,7 @@ def test_a_system_message_and_the_template_s_arguments_are_given(make_policy) ->
         ({"prompt": "{completion} {"}, "kwargs.prompt is not a valid template"),
         (
             {"prompt": "{completion} {0}"},
-            r"kwargs.prompt may hold only plain names, \{like_this\}, and \{0\} is not a plain name",
+            r"kwargs.prompt may contain only plain names, \{like_this\}, and \{0\} is not a plain name",
         ),
         ({"labels": {"Yes": 1.0}}, "kwargs.labels: .*at least 2"),
         ({"labels": ["Yes", "No"]}, "kwargs.labels: expected keys and values, got"),
@@ -128,13 +128,13 @@ def test_labels_must_differ_where_they_are_read(make_policy) -> None:
     toy = make_policy(trained=False)
     for labels in ({"71": 1, "72": 0}, {"7": 1, "": 0}):
         (judge,) = Scorer.of([config(labels=labels)]).judges
-        with pytest.raises(UserError, match="labels must differ there"):
+        with pytest.raises(UserError, match="all labels must differ in their first token"):
             judge.bind(toy.policy, toy.tokenizer)
 
 
 def test_its_metric_is_not_the_run_s_own() -> None:
     """Or each completion would fail, once the run is under way."""
-    with pytest.raises(UserError, match=r"reward 'time': a judge tells the metric time/label_mass, .* another name"):
+    with pytest.raises(UserError, match=r"reward 'time': the judge logs the metric time/label_mass, .* another name"):
         Judged(RewardConfig(use="judge", name="time"))
     assert Judged(RewardConfig(use="judge", name="time_told")).judge.name == "time_told"
 
@@ -143,7 +143,7 @@ def test_outside_of_a_run_there_is_no_judge(run_cli) -> None:
     assert locate_reward("judge").name == "judge"
     assert source_file("judge") is None
     assert JudgeConfig().columns == ["prompt", "completion"]
-    with pytest.raises(UserError, match="is a model, and not a function"):
+    with pytest.raises(UserError, match="this is a model, not a function"):
         find_reward("judge")
     with pytest.raises(UserError, match="the judge is the model of a run"):
         grpo.score([group("2")], ["judge"])

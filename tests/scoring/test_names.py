@@ -38,7 +38,7 @@ def test_every_other_name_is_kept_as_it_is(name: str) -> None:
 @pytest.mark.parametrize("name", ["\ud800", 7, None])
 def test_a_name_that_cannot_be_stored_is_a_failure(hook: str, name) -> None:
     answer = Reward(lambda completions, **given: given[hook](name, [1.0] * 2), {})(COLUMNS, {})
-    assert f"{hook}({name!r}): a name is a text" in answer.failures[0]
+    assert f"{hook}({name!r}): a name must be a text" in answer.failures[0]
 
 
 def test_what_is_not_finite_is_not_logged() -> None:

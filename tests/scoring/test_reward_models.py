@@ -107,11 +107,14 @@ def test_what_is_too_long_or_refused_fails_alone(judge_folder: Path) -> None:
     values = [rollout.scores["judge"] for rollout in scored.rollouts]
     assert [value is None for value in values] == [False, True, True, False]
     said = [str(rollout.failures.get("judge", "")) for rollout in scored.rollouts]
-    assert "tokens, and the reward model reads 40 at most (kwargs.max_length, or the model's positions)" in said[1]
-    assert "the reward model's chat template refuses this conversation: not this" in said[2]
+    assert (
+        "tokens, but the reward model reads at most 40 (kwargs.max_length, or the model's number of positions)"
+        in said[1]
+    )
+    assert "the reward model's chat template raised an error on this conversation: not this" in said[2]
     positions = Scorer.of([config(judge_folder, max_failure_rate=1.0)])
     (scored,) = positions.score([group("9" * 600)])
-    assert "the reward model reads 512 at most" in str(scored.rollouts[0].failures["judge"])
+    assert "the reward model reads at most 512" in str(scored.rollouts[0].failures["judge"])
 
 
 def test_a_sigmoid_makes_probabilities(judge_folder: Path) -> None:
@@ -133,12 +136,12 @@ def test_names(tmp_path: Path) -> None:
     assert locate_reward("model:org/Skywork-Reward").name == "Skywork-Reward"
     assert locate_reward(f"model:{tmp_path}/").name == tmp_path.name
     assert source_file("model:org/name") is None
-    with pytest.raises(UserError, match="is a model, and not a function"):
+    with pytest.raises(UserError, match="this is a model, not a function"):
         find_reward("model:org/name")
 
 
 def test_two_of_one_name_are_refused(judge_folder: Path) -> None:
-    with pytest.raises(UserError, match=r"two of them are called 'judge'.*name: \.\.\."):
+    with pytest.raises(UserError, match=r"two rewards have the name 'judge'.*name: \.\.\."):
         Scorer.of([config(judge_folder), config(judge_folder)])
 
 

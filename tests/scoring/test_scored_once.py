@@ -59,7 +59,9 @@ def test_the_first_scores_and_tells_the_others() -> None:
 
 def test_what_one_process_sampled_otherwise_ends_the_run() -> None:
     other = replace(group(3, 4), task=TASK)
-    with pytest.raises(RunError, match="process 1 of 2 has sampled other tokens than process 0"):
+    with pytest.raises(
+        RunError, match="process 1 of 2 and process 0 share one model but have sampled different tokens"
+    ):
         scored(Holders(1, ([other], None)), group(3, 5))
 
 

@@ -79,8 +79,8 @@ def test_none_is_not_a_failure() -> None:
     ("answer", "said"),
     [
         (lambda **_: [1.0] * 3, "3 scores for 4 completions"),
-        (lambda **_: 1.0, "was expected, not 1.0"),
-        (lambda **_: "1234", "was expected, not '1234'"),
+        (lambda **_: 1.0, "expected a list with a number or None per completion, got 1.0"),
+        (lambda **_: "1234", "per completion, got '1234'"),
         (lambda completions: completions, "unexpected keyword argument"),
         (lambda **_: 1 / 0, "ZeroDivisionError"),
         (lambda **_: [math.nan] * 4, "not a usable number: nan"),
@@ -90,7 +90,9 @@ def test_a_function_that_always_fails_stops_the_run_with_its_traceback(answer, s
     scorer = Scorer({"mine": answer})
     with pytest.raises(RunError) as error:
         scorer.score(GROUPS)
-    assert "reward 'mine' failed on 4 of the last 4 completions (max_failure_rate: 0.5). The" in str(error.value)
+    assert "reward 'mine' failed on 4 of the last 4 completions (max_failure_rate: 0.5). First error" in str(
+        error.value
+    )
     assert said in str(error.value)
     assert scorer.failures == {"mine": 4}
 
@@ -140,7 +142,7 @@ def test_a_function_that_exits_has_failed() -> None:
 
 @pytest.mark.parametrize("function", [lambda completions, solution, **_: 1, lambda completions: 1])
 def test_a_function_that_cannot_be_called_is_found_before_the_run(function) -> None:
-    with pytest.raises(UserError, match="it is called with answer, completion_ids, completions, prompts"):
+    with pytest.raises(UserError, match="grpo calls it with answer, completion_ids, completions, prompts"):
         Scorer({"mine": function}).check(["answer", "prompt"])
     Scorer({"mine": lambda completions, answer, **_: 1}).check(["answer", "prompt"])
 
@@ -153,7 +155,7 @@ def test_two_files_with_a_reward_each(tmp_path) -> None:
 
 
 def test_two_rewards_of_one_name() -> None:
-    with pytest.raises(UserError, match="two of them are called 'gsm8k_answer'"):
+    with pytest.raises(UserError, match="two rewards have the name 'gsm8k_answer'"):
         Scorer.of([RewardConfig(use="gsm8k_answer")] * 2)
 
 

@@ -54,7 +54,7 @@ def test_a_recipe_without_reward_functions() -> None:
 @pytest.mark.parametrize("names", [("Game", "Game"), ("mine", "other")])
 def test_two_of_one_name_are_refused(names: tuple[str, str]) -> None:
     configs, functions = reward_of(lambda completions, **_: [0.0] * len(completions), name="mine")
-    with pytest.raises(UserError, match=r"are called '(Game|mine)'.* give the environment a name of its own"):
+    with pytest.raises(UserError, match=r"have the name '(Game|mine)'.* give the environment another name"):
         scorer_of(*map(FakeHost, names), rewards=configs, functions=functions)
 
 

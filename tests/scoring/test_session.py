@@ -101,7 +101,7 @@ def test_after_three_deaths_in_a_row_the_rest_counts_as_not_tried_in_every_order
     said = [str(group.rollouts[0].failures.get("score", "")) for group in expected[0]]
     assert said[0] == ""
     assert all("its process ended in this call" in one for one in said[1:4])
-    assert "not tried: each of the 3 calls before it" in said[4]
+    assert "not called: each of the 3 calls before this one" in said[4]
     assert scored(make("score"), groups, [4, 1, 3, 0, 2]) == expected
 
 
@@ -124,7 +124,7 @@ def test_what_need_not_be_tried_is_not_tried() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_not_to_try_never_changes_what_comes_of_it(seed: int) -> None:
-    """Calls die by chance. In any order, a group that is passed over would have counted as not tried anyway."""
+    """Calls die by chance. In any order, a skipped group would have counted as not called anyway."""
     chance = random.Random(seed)
     groups = groups_of(*["a b"] * 6)
     fates = [[chance.random() < 0.6 for _ in range(2)] for _ in groups]
@@ -141,7 +141,7 @@ def test_not_to_try_never_changes_what_comes_of_it(seed: int) -> None:
     for place in order:
         if _gave_up(known, place):
             first = sum(len(fates[before]) for before in range(place))
-            assert all("not tried" in answer.failures.get(0, "") for _, answer in expected[first : first + 2])
+            assert all("not called" in answer.failures.get(0, "") for _, answer in expected[first : first + 2])
         elif any(fates[place]):
             known[place] = fates[place]
 

@@ -83,8 +83,8 @@ def test_a_good_one(scorer) -> None:
         ("strings", "error: not a usable number: '1.0'"),
         ("writes_noise", "error: its process"),
         ("out_of_memory", "error: its process ended in this call (SIGKILL)"),
-        ("writes_replies", "error: its process made no sense in this call (OverflowError"),
-        ("writes_deep_replies", "error: its process made no sense in this call (RecursionError"),
+        ("writes_replies", "error: its process sent an invalid message in this call (OverflowError"),
+        ("writes_deep_replies", "error: its process sent an invalid message in this call (RecursionError"),
     ],
 )
 def test_what_goes_wrong_is_recorded_and_the_next_call_is_served(scorer, function: str, said: str) -> None:
@@ -148,7 +148,7 @@ def test_a_function_that_forks_answers_once_for_each_call(scorer) -> None:
 def test_after_three_deaths_in_a_row_the_rest_is_not_tried(scorer) -> None:
     scored = scorer(use("sometimes", calls="completion")).score(groups(*["die"] * 6, "good", "good"))
     assert column(scored, "sometimes") == [None] * 8
-    assert "not tried: each of the 3 calls before it" in failures(scored, "sometimes")[3]
+    assert "not called: each of the 3 calls before this one" in failures(scored, "sometimes")[3]
 
 
 def test_a_broken_grader_stops_the_run_with_its_first_traceback(scorer) -> None:

@@ -33,9 +33,9 @@ def client(toy_folder: Path) -> Iterator[Any]:
     ("path", "changes", "param", "said"),
     [
         (CHAT, {"messages": None}, "messages", ""),
-        (CHAT, {"messages": []}, "messages", "messages: expected at least 1 item, and there are none"),
+        (CHAT, {"messages": []}, "messages", "messages: expected at least 1 item, got none"),
         (CHAT, {"messages": ["hi"]}, "messages.0", ""),
-        (CHAT, {"messages": [{"role": "robot", "content": "hi"}]}, "messages.0.role", "'robot' is none of system"),
+        (CHAT, {"messages": [{"role": "robot", "content": "hi"}]}, "messages.0.role", "'robot' is not one of system"),
         (CHAT, {"messages": [{"role": "user"}]}, "messages.0.content", "needs content"),
         (CHAT, {"messages": [{"role": "user", "content": 3}]}, "messages.0.content", "expected text"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "only text"),
@@ -52,10 +52,10 @@ def client(toy_folder: Path) -> Iterator[Any]:
         (CHAT, {"seed": 2**70}, "seed", ""),
         (CHAT, {"stop": [""]}, "stop", ""),
         (CHAT, {"stop": ["a"] * 99}, "stop", ""),
-        (CHAT, {"top_logprobs": 5}, "top_logprobs", "only the logprob of what was sampled"),
+        (CHAT, {"top_logprobs": 5}, "top_logprobs", "only the logprob of the sampled token"),
         (CHAT, {"presence_penalty": 0.5}, "presence_penalty", "repetition_penalty"),
         (CHAT, {"logit_bias": {"5": 1}}, "logit_bias", "leave it out"),
-        (CHAT, {"response_format": {"type": "json_object"}}, "response_format.type", "not forced into JSON"),
+        (CHAT, {"response_format": {"type": "json_object"}}, "response_format.type", "cannot force answers into JSON"),
         (
             CHAT,
             {"response_format": {"type": "json_schema", "json_schema": {}}},
@@ -63,11 +63,11 @@ def client(toy_folder: Path) -> Iterator[Any]:
             "or a schema: leave",
         ),
         (CHAT, {"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "the model decides"),
-        (CHAT, {"tools": [TOOL]}, "tools", "does not tell the model of tools"),
+        (CHAT, {"tools": [TOOL]}, "tools", "does not show tools to the model"),
         (CHAT, {"tools": [TOOL] * 129}, "tools", "expected at most 128 items, and there are 129"),
         (CHAT, {"tools": [{"type": "function"}]}, "tools.0.function", ""),
         (CHAT, {"tools": [{"type": "function", "function": {}}]}, "tools.0.function", "name: Field required"),
-        (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools.0", "not forced"),
+        (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools.0", "cannot force"),
         (CHAT, {"stream_options": {"include_usage": True}}, "stream_options", "stream"),
         (CHAT, {"chat_template_kwargs": 3}, "chat_template_kwargs", ""),
         (CHAT, {"chat_template_kwargs": {"return_dict": True}}, "chat_template_kwargs.return_dict", "leave it out"),
@@ -75,7 +75,7 @@ def client(toy_folder: Path) -> Iterator[Any]:
         (COMPLETIONS, {"messages": None}, "messages", ""),
         (COMPLETIONS, {"messages": ..., "prompt": []}, "prompt", ""),
         (COMPLETIONS, {"messages": ..., "prompt": ""}, "prompt", "no tokens"),
-        (COMPLETIONS, {"messages": ..., "prompt": [10**6]}, "prompt", "none of the model's"),
+        (COMPLETIONS, {"messages": ..., "prompt": [10**6]}, "prompt", "does not exist: the model has"),
         (COMPLETIONS, {"messages": ..., "prompt": [-1]}, "prompt", ""),
         (COMPLETIONS, {"messages": ..., "prompt": [5] * 512}, "prompt", "leave no room"),
         (COMPLETIONS, {"messages": ..., "prompt": "hi", "echo": True}, "echo", ""),
@@ -115,12 +115,12 @@ def test_what_is_no_json_object_is_refused(client: Any, body: bytes) -> None:
 
 def test_a_field_of_openai_s_that_looks_similar_is_no_slip(client: Any) -> None:
     said = client.post(CHAT, json={**ASKED, "reasoning_effort": "low"}).json()["error"]["message"]
-    assert said == "reasoning_effort: this server has no such field, so it would do nothing: leave it out."
+    assert said == "reasoning_effort: this server does not support this field: leave it out."
 
 
 def test_an_environment_is_no_advice_for_a_client(client: Any) -> None:
     said = client.post(CHAT, json={**ASKED, "tools": [TOOL]}).json()["error"]["message"]
-    assert said.endswith("GLM-4.5 and gpt-oss have such)")
+    assert said.endswith("GLM-4.5, or gpt-oss)")
 
 
 def test_an_unknown_model_a_wrong_type_and_a_wrong_path(client: Any) -> None:
@@ -132,7 +132,7 @@ def test_an_unknown_model_a_wrong_type_and_a_wrong_path(client: Any) -> None:
     assert client.get(CHAT).status_code == 405
     nowhere = client.post("/v1/embeddings", json={}).json()["error"]
     assert nowhere["type"] == "not_found_error"
-    assert "Not Found; there are GET /health, /v1/models and" in nowhere["message"]
+    assert "Not Found; the endpoints are GET /health, /v1/models and" in nowhere["message"]
 
 
 def test_all_endpoints_are_named(client: Any) -> None:

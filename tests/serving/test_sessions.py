@@ -296,7 +296,7 @@ def test_the_rules_can_keep_thinking() -> None:
 def test_what_was_said_is_remembered_until_the_end() -> None:
     talk = Talk("qwen2.5", sessions_only=True)
     talk.service.open("one", RULES)
-    with pytest.raises(ValueError, match="open already"):
+    with pytest.raises(ValueError, match="already open"):
         talk.service.open("one", RULES)
     answer = talk.ask(QUESTION, "Yes.<|im_end|>")
     more = [*QUESTION, answer, {"role": "user", "content": "And then?"}]
@@ -381,7 +381,7 @@ def test_without_an_open_session_nothing_is_answered() -> None:
     talk.service.end("one")
     refused = talk.post(body, status=404)["error"]
     assert (refused["code"], refused["type"]) == ("session_over", "not_found_error")
-    assert "'one' is over" in refused["message"]
+    assert "'one' is not open" in refused["message"]
     assert talk.post({"token_ids": [5]}, path="/s/one/inference/v1/generate", status=404)
     assert talk.post({"prompt": "a"}, path="/s/one/v1/completions", status=404)
     talk.service.close()

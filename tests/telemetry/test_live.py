@@ -133,14 +133,14 @@ def test_files_that_are_gone_are_told_and_a_wrong_name_is_told_the_right_one(rec
     with served(runs) as port:
         status, _, text = asked(port, "/data.json")
         assert (status, text) == (503, "step-000001.parquet\n")
-        said = f"open http://localhost:{port}/; from another machine, through ssh -L {port}:127.0.0.1:{port} HOST\n"
+        said = f"open http://localhost:{port}/; from another machine, use ssh -L {port}:127.0.0.1:{port} HOST\n"
         assert asked(port, "/", "localhost:9")[2] == said
 
 
 def test_what_cannot_be_watched_is_refused(recipe, run_cli) -> None:
     assert "there is no such folder" in run_cli("watch", "runs/none").err
     run(recipe, "optim.steps=1")
-    with server_of(LiveRuns([FOLDER])) as taken, pytest.raises(UserError, match="--port 0 any that is free"):
+    with server_of(LiveRuns([FOLDER])) as taken, pytest.raises(UserError, match="--port 0 for any free port"):
         server_of(LiveRuns([FOLDER]), taken.server_address[1])
 
 

@@ -55,7 +55,7 @@ def test_a_step_made_again_says_which_groups_it_replayed() -> None:
     print_replay(Console(file=text, width=200), Replay(STEP, ratios, [["a", "b"]] * 4, []), 9, 1)
     assert [line for line in text.getvalue().splitlines() if line.startswith("ask")] == [
         "ask fresh",
-        "ask older (replayed, sampled 2 steps before)",
+        "ask older (replayed, sampled 2 steps earlier)",
     ]
 
 

@@ -227,7 +227,10 @@ def test_a_terminal_that_is_gone_does_not_end_a_step(recipe, tmp_path, monkeypat
         open_loggers(stack, load_recipe(recipe), tmp_path, printed()[0], "id", [Watched])
         for done in (1, 2):
             Watched.progress("rollout", done, 2)
-    assert caplog.text.count("progress on the terminal is left out from here on: BrokenPipeError") == 1
+    assert (
+        caplog.text.count("progress on the terminal failed and is disabled for the rest of the run: BrokenPipeError")
+        == 1
+    )
 
 
 def test_the_phase_is_in_the_folder_for_those_who_follow(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

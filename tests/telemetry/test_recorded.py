@@ -96,7 +96,7 @@ def test_a_folder_with_runs_in_every_state_is_listed(toy, recipe, run_cli, monke
     assert set(lines) == {"runs/toy", "runs/changed", "runs/bare"}
     assert lines["runs/bare"][:2] == ["died", "0/5"]
     assert "avg@3" not in listed.out
-    assert ["runs/older is left out" in caplog.text, "runs/torn is left out" in caplog.text] == [True, True]
+    assert ["skipped runs/older: " in caplog.text, "skipped runs/torn: " in caplog.text] == [True, True]
     for args in (["report", "runs/torn"], ["runs", "--follow", "runs/torn"]):
         refused = run_cli(*args)
         assert (refused.code, len(refused.err.splitlines())) == (2, 1)
@@ -127,7 +127,7 @@ def test_a_line_that_is_no_record_breaks_its_own_run_only(recipe, caplog, file: 
         log.write(f"{line}\n")
     assert [(found.folder.name, found.step) for found in find_runs(Path("runs"))] == [("sound", 1)]
     number = 2 if file == "metrics.jsonl" else 1
-    assert f"runs/odd is left out: runs/odd/{file}:{number}: not a record that grpo wrote" in caplog.text
+    assert f"skipped runs/odd: runs/odd/{file}:{number}: not a record that grpo wrote" in caplog.text
 
 
 def test_a_run_is_followed_until_it_ends(toy, monkeypatch) -> None:
@@ -182,7 +182,7 @@ def test_a_replay_is_shown_and_says_where_it_is_not_the_run(toy, run_cli, monkey
     ran = run_cli("replay", toy, "--step", 4, "--groups", 1, "--tokens", 3)
     assert ran.code == 0, ran.err
     for said in (
-        "made again from",
+        "repeated from",
         "step 4  reward",
         "What is",
         "advantage",
@@ -193,11 +193,11 @@ def test_a_replay_is_shown_and_says_where_it_is_not_the_run(toy, run_cli, monkey
     assert {path: path.stat().st_mtime_ns for path in toy.rglob("*")} == before
     lines = (toy / "metrics.jsonl").read_text().splitlines(keepends=True)
     (toy / "metrics.jsonl").write_text("".join(lines[:3]))
-    assert "this run has made 3 of its 5 steps" in run_cli("replay", toy, "--step", 5).err
+    assert "this run has done 3 of its 5 steps" in run_cli("replay", toy, "--step", 5).err
     (toy / "metrics.jsonl").write_text("".join(lines))
     Path("digits.py").write_text("def reward(completions, **_):\n    return [float(len(c)) for c in completions]\n")
     changed = run_cli("replay", toy, "--step", 5)
-    assert "since then changed: code of" in changed.out
+    assert "changed since then: code of" in changed.out
     assert "NOT those of the run" in changed.out
     for args, said in ((["--step", 6], "this run has 5 steps"), (["--step", 0], "")):
         refused = run_cli("replay", toy, *args)

@@ -155,6 +155,18 @@ def test_a_run_with_nothing_on_record(recipe, run_cli) -> None:
     assert "cannot write absent/x.html" in run_cli("report", "runs/toy", "--to", "absent/x.html").err
 
 
+def test_without_a_run_the_newest_is_named(recipe, run_cli) -> None:
+    asked = {command: f"grpo: name a run: grpo {command} " for command in ("report", "watch")}
+    for command, start in asked.items():
+        ran = run_cli(command)
+        assert (ran.code, ran.err) == (2, f"{start}RUN. There are no runs in runs/\n")
+    newest = {"toy": "runs/toy (the newest in runs/)", "new": "runs/new (the newest in runs/; grpo runs lists all 2)"}
+    for name, ending in newest.items():
+        assert run_cli("train", recipe, "log.completions=null", "optim.steps=1", f"output_dir=runs/{name}").code == 0
+        for command, start in asked.items():
+            assert run_cli(command).err == f"{start}{ending}\n"
+
+
 def test_runs_of_one_name_are_told_apart(recipe: Path, tmp_path: Path) -> None:
     cfg = load_recipe(recipe)
     folders = [tmp_path / "a/run", tmp_path / "b/run", tmp_path / "c/other"]

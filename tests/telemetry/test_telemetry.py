@@ -118,7 +118,7 @@ def test_gradings_that_failed_are_told(tmp_path) -> None:
     ConsoleLogger(console, steps=4).log(failed)
     assert text.getvalue().rstrip().endswith("(n=8, 3 gradings failed)")
     console.print(before_and_after(EVAL, failed))
-    assert "gradings that failed, which count as not right: 0 and 3" in text.getvalue()
+    assert "failed gradings, which count as wrong answers: 0 and 3" in text.getvalue()
     console, text = printed()
     console.print(before_and_after(EVAL, EVAL, "base"))
     assert "failed" not in text.getvalue()
@@ -226,7 +226,7 @@ def test_a_logger_of_ones_own_is_one_function_and_cannot_end_a_run(tmp_path, cap
         for step in (1, 2, 3):
             log(StepMetrics(step, VALUES))
     assert sys.modules["grpo_plugin_mine"].seen == [1, 2]
-    assert caplog.text.count("mine.py:log is left out from here on: AssertionError: enough") == 1
+    assert caplog.text.count("mine.py:log failed and is disabled for the rest of the run: AssertionError: enough") == 1
     with pytest.raises(UserError, match="logger 'mine"), ExitStack() as stack:
         open_loggers(stack, recipe(tmp_path, "log.use=['mine.py:log']"), tmp_path, console, "id")
 
@@ -241,4 +241,4 @@ def test_a_terminal_that_has_gone_ends_no_run(tmp_path, caplog) -> None:
         for step in (1, 2):
             log(StepMetrics(step, VALUES))
     assert [record.step for record in read_steps(tmp_path)] == [1, 2]
-    assert caplog.text.count("the terminal is left out from here on: OSError") == 1
+    assert caplog.text.count("the terminal failed and is disabled for the rest of the run: OSError") == 1

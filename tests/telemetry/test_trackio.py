@@ -57,7 +57,7 @@ def test_the_package_itself_keeps_them(recipe, run_cli, monkeypatch, tmp_path) -
     monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "trackio")
     Path("digits.py").write_text(CONSTANT)
     ran = run_cli("train", recipe, *TWO_STEPS)
-    assert "is left out" not in ran.err
+    assert "is disabled" not in ran.err
     from trackio.sqlite_storage import SQLiteStorage
 
     logs = SQLiteStorage.get_logs("mine", "toy")

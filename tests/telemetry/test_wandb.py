@@ -146,7 +146,7 @@ def test_a_dead_address_does_not_stop_a_run(recipe, run_cli, monkeypatch, caplog
     assert ran.code == 0, ran.err
     assert "finished after step 2" in ran.out
     assert "127.0.0.1:9" in caplog.text
-    assert "`wandb sync` sends it" in caplog.text
+    assert "`wandb sync` uploads it" in caplog.text
     assert any("train/loss" in values(record.history.item) for record in records(Path("runs/toy")))
 
 
@@ -155,7 +155,7 @@ def test_a_package_that_cannot_be_imported_is_a_mistake_before_the_run(recipe, r
     ran = run_cli("train", recipe, "log.wandb={}")
     assert ran.code == 2
     assert "log.wandb: the package wandb cannot be imported" in ran.err
-    assert "leave out log.wandb" in ran.err
+    assert "remove log.wandb" in ran.err
     assert not Path("runs/toy").exists()
 
 

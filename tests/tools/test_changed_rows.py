@@ -15,7 +15,7 @@ def test_a_changed_file_is_named(recipe, run_cli) -> None:
     write("held_out.jsonl", range(5, 8))
     held_out = "eval={source: held_out.jsonl, split: train, prompts: 2, samples: 1, every: 2}"
     assert run_cli("train", recipe, held_out).code == 0
-    said = "held_out.jsonl is not what it was when the run was trained: these numbers cannot be compared"
+    said = "held_out.jsonl has changed since the run was trained: these numbers cannot be compared"
 
     def told(*args: str) -> bool:
         ran = run_cli("eval", "runs/toy", *args)

@@ -39,9 +39,9 @@ def test_a_conversation_is_told_as_it_goes(conversing: Path, run_cli) -> None:  
     row = run_cli("generate", "runs/toy", "--row", "2")
     assert row.out.startswith("prompt: What is 3+3? Begin with ")
     for given, said in (
-        ([], "give a prompt, or --row with the number of a row"),
-        (["What?", "--row", "1"], "and not both"),
-        (["--row", "9"], "--row 9: the run's data has 4 rows, from 0 on"),
+        ([], "give either a prompt, or --row with the number of a row"),
+        (["What?", "--row", "1"], "give either a prompt, or --row"),
+        (["--row", "9"], "--row 9: the run's data has 4 rows, numbered from 0"),
     ):
         refused = run_cli("generate", "runs/toy", *given)
         assert (refused.code, said in refused.err) == (2, True)
@@ -54,7 +54,7 @@ def test_an_environment_that_needs_more_columns(conversing: Path, run_cli) -> No
     refused = run_cli("generate", "runs/toy", "What is 9+9?")
     assert refused.code == 2
     assert "'answer'" in refused.err
-    assert "as a JSON object in the place of the prompt, or a row of the run's data: --row 0" in refused.err
+    assert "as a JSON object instead of the prompt, or begin with a row of the run's data: --row 0" in refused.err
     for given in (["--row", "1"], [json.dumps({"question": "What is 2+2?", "answer": "4"})]):
         assert run_cli("generate", "runs/toy", *given).out.startswith("prompt: What is 2+2? (It is 4.)\n")
 
@@ -63,8 +63,11 @@ def test_broken_json_is_not_taken_as_text(conversing: Path, run_cli) -> None:  #
     run(conversing, "optim.steps=1")
     refused = run_cli("generate", "runs/toy", '{"question": "What is 2+2?" "answer": "4"}')
     assert (refused.code, refused.out) == (2, "")
-    assert "begins with { as a JSON object does, and is none: Expecting ',' delimiter: line 1 column 29" in refused.err
-    assert """given as '{"question": "{..."}'""" in refused.err
+    assert (
+        "begins with { like a JSON object, but cannot be parsed: Expecting ',' delimiter: line 1 column 29"
+        in refused.err
+    )
+    assert """begins with { as '{"question": "{..."}'""" in refused.err
     told = run_cli("generate", "runs/toy", '{"question": "{x} is what?"}')
     assert told.out.startswith("prompt: {x} is what? Begin with ")
 
@@ -79,7 +82,7 @@ def test_an_environment_that_samples_by_itself_has_the_text_of_all_turns(convers
 
 def test_a_run_without_conversations_takes_a_prompt(recipe: Path, run_cli) -> None:
     run(recipe, "optim.steps=1")
-    assert "--row is for runs with an environment" in run_cli("generate", "runs/toy", "--row", "1").err
+    assert "--row requires a run with an environment" in run_cli("generate", "runs/toy", "--row", "1").err
     assert "give a prompt" in run_cli("generate", "runs/toy").err
 
 

@@ -67,7 +67,7 @@ def test_a_template_of_several_columns_is_filled_from_json(recipe, run_cli, aske
     for prompt in ("What?", '{"question": "What?"}', "[1, 2]"):
         refused = run_cli("generate", "runs/toy", prompt)
         assert (refused.code, len(refused.err.splitlines())) == (2, 1)
-        assert '\'{"question": "...", "answer": "..."}\', or give all of it with --no-template' in refused.err
+        assert '\'{"question": "...", "answer": "..."}\', or give the whole prompt with --no-template' in refused.err
     assert run_cli("generate", "runs/toy", '{"question": "What?", "answer": "7"}').code == 0
     assert run_cli("generate", "runs/toy", "What? It is 7.", "--no-template").code == 0
     assert asked[0] == asked[1]

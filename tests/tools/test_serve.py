@@ -59,7 +59,7 @@ def test_a_run_is_served_by_its_name_and_its_steps(run: Path, toy_folder: Path) 
     folders = [models.folder(name) for name in ("toy@2", "toy@1")]
     assert folders == [Path(f"runs/toy/checkpoints/step-00000{step}").resolve() for step in (2, 1)]
     (run / "checkpoints/step-000001/adapters.safetensors").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="not what was written"):
+    with pytest.raises(UserError, match="changed since it was written"):
         models.folder("toy@1")
 
 
@@ -70,7 +70,7 @@ def test_a_model_is_called_as_it_was_asked_for(run: Path) -> None:
     for name in ("toy", "toy@1", "base"):
         assert service.model(name)["id"] == name
         assert service.model(name) in service.models()["data"]
-    with pytest.raises(Refusal, match=r"no model 'gpt-4o'\. Use model='toy' or '.*'\. /v1/models lists all\.$"):
+    with pytest.raises(Refusal, match=r"no model 'gpt-4o'\. Use model='toy' or '.*'\. /v1/models lists all models\.$"):
         service.model("gpt-4o")
     service.close()
 
@@ -163,7 +163,7 @@ def test_an_adapter_that_does_not_fit_ends_it_with_2_however_often(run: Path, to
 
 def test_a_run_at_a_step_is_for_clients_to_ask_for(run: Path, run_cli: Any) -> None:
     ran = run_cli("serve", f"{run}@3")
-    said = "runs/toy@3: a step is for clients to choose: serve runs/toy, and let them ask for model toy@3"
+    said = "runs/toy@3: clients choose the step: serve runs/toy, and request model toy@3"
     assert (ran.code, ran.err) == (2, f"grpo: {said}\n")
 
 
@@ -232,7 +232,7 @@ def test_a_signal_while_the_model_loads_ends_it_at_once(toy_folder: Path, number
     assert process.stdout.readline() == "loading\n"
     process.send_signal(number)
     _, said = process.communicate(timeout=20)
-    assert (process.returncode, said) == (128 + number, "grpo: stopped at once\n")
+    assert (process.returncode, said) == (128 + number, "grpo: stopped immediately\n")
 
 
 @pytest.mark.slow

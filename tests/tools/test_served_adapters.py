@@ -66,7 +66,7 @@ def test_an_adapter_of_another_model_is_refused_before_anything_is_served(toy_fo
         str(tmp_path / "adapters.safetensors"), {"model.layers.0.self_attn.q_proj.lora_a": mx.zeros((3, 2))}
     )
     model, _ = load(ModelConfig(name=str(toy_folder)))
-    with pytest.raises(UserError, match=r"has no adapter_config\.json"):
+    with pytest.raises(UserError, match=r"there is no adapter_config\.json"):
         adapters_of(model, tmp_path)
     (tmp_path / "adapter_config.json").write_text(
         '{"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {"rank": 2, "scale": 1.0}}'

@@ -24,6 +24,7 @@ from grpo.config import AdapterConfig
 from grpo.model import parts
 from grpo.model.adapters import Adapters
 from grpo.model.fsdp import Spread
+from grpo.model.joined import Joined, write_joined
 from grpo.model.parts import LEAST
 from grpo.model.policy import Policy
 from grpo.training import batches as batches_room
@@ -97,7 +98,9 @@ def made(case: str, ranks: Ranks, out: Path, spreads: str = "plain") -> None:
     norm = update._norm(found.arrays).item()
     results = [update([mine], step) for step in (1, 2)]
     write("policy", policy.adapters.state())
-    write("optimizer", policy.shards.whole(tree_flatten(update.optimizer.state, destination={})))
+    joined = Joined(policy.shards, tree_flatten(update.optimizer.state, destination={}))
+    write_joined(out / f"{case}-optimizer-{rank}.safetensors", joined)
+    assert not joined.unread
     facts = {
         "loss": found.loss,
         "norm": norm,

@@ -30,6 +30,7 @@ from grpo.model.mlxlm import new_model
 from grpo.model.policy import Policy
 from grpo.model.tensor import TRAINED, divide
 from grpo.model.trial import check_divided
+from grpo.planning import parity
 
 SIZES = {
     "vocab_size": 192,
@@ -134,6 +135,8 @@ def made(case: str, ranks: Ranks, out: Path) -> None:
         mx.save_safetensors(str(out / f"{case}-{name}-{rank}.safetensors"), arrays)
 
     write("fresh", adapters.whole_state())
+    with parity._moved(policy, 0, 0.05):
+        write("tried", adapters.whole_state())
     shaken(adapters)
     way, logits = decoded(policy)
     dropout = CASES[case][2].get("dropout", 0.0)

@@ -192,7 +192,7 @@ def test_the_gap_between_decoding_and_training_is_checked_where_nothing_lags(rec
     assert checked == [1]
     gaps = [step.values["sampling/sampling_logp_difference/mean"] for step in steps]
     assert gaps[0] < 1e-4 < 1e-2 < min(gaps[1:])  # the update before has moved the policy
-    with pytest.raises(RunError, match="Decoding computes another model"):
+    with pytest.raises(RunError, match="do not compute the same model"):
         trainer.gap.check(2, steps[1].values)
 
 
@@ -288,9 +288,11 @@ def test_arrays_reach_the_others_to_the_bit() -> None:
 
 
 def test_other_numbers_of_processes_are_refused_and_so_are_groups_that_cannot_be() -> None:
-    with pytest.raises(UserError, match=r"sample: 2 and train: 1 are 3 processes, and this is one process\. Start"):
+    with pytest.raises(
+        UserError, match=r"sample: 2 and train: 1 need 3 processes, but this is a single process\. Start"
+    ):
         Roles.of(Ranks(), RanksConfig(sample=2, train=1))
-    with pytest.raises(UserError, match="are 3 processes, and there are 4"):
+    with pytest.raises(UserError, match="need 3 processes, but 4 are running"):
         Roles.of(Several(0, 4), RanksConfig(sample=2, train=1))
 
     class Ring:
@@ -306,7 +308,7 @@ def test_other_numbers_of_processes_are_refused_and_so_are_groups_that_cannot_be
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        (("model.shard=tensor",), "with model.shard several processes hold one model"),
+        (("model.shard=tensor",), "with model.shard several processes share one model"),
         (("rollout.dynamic_sampling=1",), "dynamic_sampling chooses prompts by the rewards"),
         (("rollout.reuse=1",), "completions are one step old"),
         (("teacher={adapter: saved}",), "on-policy distillation"),
@@ -322,7 +324,7 @@ def test_what_does_not_go_with_a_lag_is_refused(recipe: Path, settings: tuple[st
 
 def test_fewer_prompts_than_samplers_are_refused(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ranks, "launched", lambda: Several(0, 4))
-    with pytest.raises(UserError, match="prompts_per_step: 2 for 3 processes: too few"):
+    with pytest.raises(UserError, match="prompts_per_step: 2 is too few for 3 processes"):
         prepare(load_recipe(recipe, ["ranks={sample: 3, train: 1}"]))
 
 

@@ -103,6 +103,6 @@ def test_two_samplers_and_two_trainers(recipe: Path, monkeypatch: pytest.MonkeyP
 def test_two_trainers_of_a_ring_are_refused(recipe: Path) -> None:
     ran = launch(3, *CLI, recipe, "ranks={sample: 1, train: 2}", "rollout.prompts_per_step=4")
     said = ran.stdout + ran.stderr
-    assert "this backend of MLX cannot make a group of them" in said
+    assert "this MLX backend cannot make a group of them" in said
     assert "Set ranks.train to 1" in said
     assert "Traceback" not in said

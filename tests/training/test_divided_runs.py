@@ -66,7 +66,7 @@ def test_a_divided_run_is_that_of_one_process_and_each_goes_on_with_the_other_s(
     ran = launch(2, *CLI, recipe, *MORE, "model.shard=tensor", f"output_dir={two}")
     said = ran.stdout + ran.stderr
     assert "finished after step 4" in said, said
-    assert "model.shard: tensor: 2 processes hold one model together" in said
+    assert "model.shard: tensor: 2 processes share one model" in said
     assert "decoding: joined layers, shared prompts" in said
     check_alike(one, two, range(1, 5))
     run(recipe, *MORE, "output_dir=runs/three", checkpoint=two / "checkpoints/step-000002")
@@ -87,7 +87,7 @@ def test_two_groups_of_two_processes_are_two_processes(recipe: Path) -> None:
     divided = "model.shard=tensor", "model.shard_size=2", "output_dir=runs/four"
     ran = launch(4, "-c", begin, "train", recipe, *brief, *divided, timeout=400)
     assert "finished after step 2" in ran.stdout, ran.stdout + ran.stderr
-    assert "2 processes hold one model together, 2 times" in ran.stdout
+    assert "2 processes share one model, in 2 groups" in ran.stdout
     check_alike(Path("runs/two"), Path("runs/four"), range(1, 3))
 
 
@@ -96,7 +96,7 @@ def test_two_groups_of_two_processes_are_two_processes(recipe: Path) -> None:
 def test_a_ring_makes_no_groups_and_says_so(recipe: Path) -> None:
     ran = launch(4, *CLI, recipe, "model.shard=tensor", "model.shard_size=2")
     said = ran.stdout + ran.stderr
-    assert "this backend of MLX cannot make groups of them" in said
+    assert "this MLX backend cannot form groups of processes" in said
     assert "Set model.shard_size to 4" in said
     assert "Traceback" not in said
 
@@ -122,7 +122,9 @@ def test_processes_make_groups_or_say_why_not() -> None:
     with pytest.raises(UserError, match="this is one process"):
         Ranks().divided(4)
     for size in (3, 8):
-        with pytest.raises(UserError, match=f"model.shard_size: {size} .* 4 processes make no whole number"):
+        with pytest.raises(
+            UserError, match=f"model.shard_size: {size} .* 4 processes cannot be divided into such groups"
+        ):
             Several(4).divided(size)
     whole = Several(4).divided(None)
     assert (whole.size, whole.shard.size, whole.own, whole.first) == (1, 4, (), True)

@@ -48,7 +48,7 @@ def spread(n: int, recipe: Path, *settings: object) -> None:
     ran = launch(n, *CLI, recipe, *MORE, "model.shard=fsdp", *settings, timeout=400)
     said = ran.stdout + ran.stderr
     assert "finished after step 4" in said, said
-    assert f"model.shard: fsdp: {n} processes spread the weights" in said
+    assert f"model.shard: fsdp: {n} processes split the weights" in said
 
 
 @pytest.mark.skipif(not LAUNCH.exists(), reason="mlx.launch is not installed beside this Python")

@@ -110,5 +110,7 @@ def test_a_model_that_so_few_bits_spoil_is_refused(zoo, monkeypatch) -> None:
     made = quantised(zoo, 4)
     numbers = BitPacking.numbers
     monkeypatch.setattr(BitPacking, "numbers", lambda packing, in_bits: -numbers(packing, in_bits))
-    with pytest.raises(RunError, match=r"Keys and values in 4 bits round this model too much .* take 8 bits, or none"):
+    with pytest.raises(
+        RunError, match=r"Keys and values in 4 bits may be too coarse .* set rollout.kv_bits to 8, or remove it"
+    ):
         check_parity(*made, TASKS, 0)

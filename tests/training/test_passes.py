@@ -81,13 +81,13 @@ def batch(rows: int = 2, tokens: int = 3) -> Batch:
 @pytest.mark.parametrize(
     ("result", "said"),
     [
-        (None, "pass mine: it must return 2 minibatches, each a list of batches, and returned None"),
-        ([[batch()]], "it must return 2 minibatches, each a list of batches, and returned 1 of them"),
-        ([batch(), batch()], "it must return 2 minibatches, each a list of batches, and returned [Batch("),
-        ([[mx.zeros(3)], []], "pass mine: a minibatch is a list of grpo.Batch, and holds array("),
+        (None, "pass mine: it must return 2 minibatches, each a list of batches; it returned None"),
+        ([[batch()]], "it must return 2 minibatches, each a list of batches; it returned 1 of them"),
+        ([batch(), batch()], "it must return 2 minibatches, each a list of batches; it returned [Batch("),
+        ([[mx.zeros(3)], []], "pass mine: a minibatch must be a list of grpo.Batch; it contains array("),
         (
             [[], [replace(batch(), anchor=mx.zeros(3))]],
-            "pass mine: its column anchor has shape (3,), and this batch's columns have (2, 3): one value",
+            "pass mine: its column anchor has shape (3,), but needs the shape of the batch's tokens, (2, 3): one",
         ),
         ([[], [replace(batch(), weights=mx.zeros((2, 4)))]], "its column weights has shape (2, 4)"),
     ],

@@ -227,7 +227,7 @@ class Two(Ranks):
 
 def test_processes_that_would_start_from_different_states_are_refused() -> None:
     Two(3).check_same("the step to go on after", 3)
-    with pytest.raises(UserError, match="the step to go on after: process 1 of 2 has another than process 0"):
+    with pytest.raises(UserError, match="the step to go on after: process 1 of 2 differs from process 0"):
         Two(3).check_same("the step to go on after", 0)
 
 
@@ -254,7 +254,7 @@ def test_a_start_is_compared(recipe, monkeypatch) -> None:
     trainer = prepare(cfg).trainer
     compared.clear()  # of the prompts
     find_start(cfg).load(trainer)
-    assert compared[1] == ("the step to go on after", 0)
+    assert compared[1] == ("the step to resume after", 0)
     assert compared[0][1]["rewards"][0]["use"].endswith("digits.py:reward")
 
 
@@ -340,7 +340,7 @@ def test_alone_every_exchange_is_nothing() -> None:
 @pytest.mark.parametrize("said", ["soon", "0", "-3", "nan", "inf"])
 def test_a_patience_that_is_none_is_a_mistake(monkeypatch, said: str) -> None:
     monkeypatch.setenv("GRPO_RANK_TIMEOUT", said)
-    with pytest.raises(UserError, match=f"GRPO_RANK_TIMEOUT: '{said}' is no number of seconds above 0"):
+    with pytest.raises(UserError, match=f"GRPO_RANK_TIMEOUT: '{said}' is not a number of seconds above 0"):
         Ranks()
 
 

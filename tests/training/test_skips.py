@@ -50,7 +50,7 @@ def test_a_full_disk_does_not_end_a_run_over_a_skipped_update(
 
     monkeypatch.setattr(mx, "save_safetensors", full)
     assert update([broken(batches)], 3).skipped == 1
-    assert f"could not be kept in {tmp_path}/step-000003: {error}" in caplog.text
+    assert f"could not be written to {tmp_path}/step-000003: {error}" in caplog.text
     with pytest.raises(RunError, match=r"none of them was applied\. A lower"):
         update([broken(batches)], 4)
 
@@ -65,7 +65,7 @@ def test_several_skipped_updates_in_a_row_stop_the_run(make_policy) -> None:
         update([batches], 2 * good + 2)  # one that is applied starts the count again
     before, state = policy.adapters.state(), dict(tree_flatten(update.optimizer.state))
     update([broken(batches), broken(batches)], 5)
-    with pytest.raises(RunError, match=r"step 6: .* not finite, 3 updates in a row"):
+    with pytest.raises(RunError, match=r"step 6: .* not finite: .* updates in a row: 3"):
         update([broken(batches)], 6)
     assert all(mx.array_equal(array, before[path]) for path, array in policy.adapters.state().items())
     assert all(mx.array_equal(array, state[path]) for path, array in tree_flatten(update.optimizer.state))

@@ -83,7 +83,7 @@ def test_the_terminal_tells_what_drafts_bring_where_they_bring_something() -> No
     values = {"reward": 1.0, "completions/mean_length": 5.0, "rollout_tokens_per_second": 10.0}
     drafted = {"speculation/accepted": 2.25, "speculation/width": 3.0, "speculation/gain": 1.5}
     assert "  ".join(_parts(StepMetrics(1, values | drafted, ()))).endswith(
-        "10 tok/s (drafts: 1.50 ×, +2.2 a wide step)"
+        "10 tok/s (drafts: 1.50 × as fast, 2.2 accepted per decoding step)"
     )
     assert "  ".join(_parts(StepMetrics(1, values | drafted | {"speculation/width": 1.0}, ()))).endswith("10 tok/s")
     assert "  ".join(_parts(StepMetrics(1, values, ()))).endswith("10 tok/s")

@@ -47,9 +47,7 @@ def taken(rank: int) -> list[list[int]]:
 def test_one_process_may_take_all_that_is_left(recipe: Path) -> None:
     ran = launch(2, "-c", TAKES, "train", recipe, *MORE, "output_dir=runs/two", GREEDY="1")
     assert "finished after step 2" in ran.stdout, ran.stdout + ran.stderr
-    said = (
-        "sampling: each of 2 processes begins with a prompt, for which it has slots (4), and takes others as rows end"
-    )
+    said = "sampling: each of 2 processes starts with 1 prompt, as many as its 4 slots hold, and takes"
     assert said in ran.stdout
     rollouts = taken(0), taken(1)
     assert [one for one in rollouts[1] if len(one) > 2] == [[1, 2, 3, 4, 5]] * 2

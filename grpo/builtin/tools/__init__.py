@@ -1,1 +1,1 @@
-"""Bundled tools, each in the file of its name: `tools: [calculator, python]`. Docstrings are what the model reads."""
+"""Bundled tools, one per file: `tools: [calculator, python]`. The model reads the docstrings of the tool functions."""

@@ -1,4 +1,4 @@
-"""`calculator`: arithmetic for a model, exact for whole numbers. Nothing is evaluated as Python."""
+"""`calculator`: arithmetic for the model, exact for whole numbers. It does not run expressions as Python code."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 Operand = int | float
 
 _LONGEST = 1000
-"""Characters of an expression."""
+"""Maximum length of an expression, in characters."""
 _DIGITS = 1000
-"""Digits of a whole number, intermediate ones included."""
+"""Maximum number of digits of a whole number, including intermediate results."""
 _SHOWN = 15
-"""Digits that a number with a decimal point is given with: those that a double holds exactly."""
+"""Significant digits of a result with a decimal point: as many as a double holds exactly."""
 _WRITTEN_OTHERWISE = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"})
 
 
@@ -32,13 +32,13 @@ def calculator(expression: str) -> str:
     """
     text = str(expression).strip().translate(_WRITTEN_OTHERWISE)
     if len(text) > _LONGEST:
-        raise ValueError(f"the expression has {len(text)} characters; at most {_LONGEST} are possible")
+        raise ValueError(f"the expression has {len(text)} characters; at most {_LONGEST} are allowed")
     try:
         value = _value(_parsed(text))
     except ZeroDivisionError:
         raise ValueError("division by zero") from None
     except OverflowError:
-        raise ValueError("a number on the way is too large") from None
+        raise ValueError("an intermediate number is too large") from None
     except RecursionError:
         raise ValueError("the expression is nested too deeply") from None
     if isinstance(value, int):
@@ -58,7 +58,7 @@ def _parsed(text: str) -> ast.expr:
 
 
 def _value(node: ast.expr) -> Operand:
-    """The value of an expression. Sums of many terms are deep trees: one frame of the stack for each."""
+    """Return the value of an expression. Recursive: a sum of many terms is a tree as deep as its number of terms."""
     match node:
         case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
             return _bounded(number)
@@ -84,7 +84,7 @@ def _called(name: str, arguments: Sequence[ast.expr]) -> Operand:
 
 
 def _bounded(number: Operand) -> Operand:
-    """The number, if it is real and not too large."""
+    """Return the number. Raises ValueError or OverflowError if it is not real, or too large."""
     if isinstance(number, complex):
         raise ValueError("the result is not a real number")
     if isinstance(number, float):
@@ -100,11 +100,11 @@ def _digits(number: int) -> float:
 
 
 def _too_long(digits: float) -> str:
-    return f"a whole number on the way would have about {digits:,.0f} digits; at most {_DIGITS:,} are possible"
+    return f"an intermediate whole number would have about {digits:,.0f} digits; at most {_DIGITS:,} are allowed"
 
 
 def _expect(digits: float) -> None:
-    """Raises ValueError where a result of so many digits is not to be computed at all."""
+    """Raise ValueError if a result would have too many digits, before it is computed."""
     if digits > _DIGITS + 1:
         raise ValueError(_too_long(digits))
 
@@ -117,7 +117,7 @@ def _power(base: Operand, exponent: Operand) -> Operand:
 
 
 def _quotient(left: Operand, right: Operand) -> Operand:
-    """A whole number where the division of whole numbers leaves no rest."""
+    """Return the quotient: a whole number if whole numbers divide without a remainder."""
     if isinstance(left, int) and isinstance(right, int) and right and left % right == 0:
         return left // right
     return left / right
@@ -125,7 +125,7 @@ def _quotient(left: Operand, right: Operand) -> Operand:
 
 def _rounded(number: Operand, places: Operand = 0) -> Operand:
     if not isinstance(places, int) or abs(places) > _DIGITS:
-        raise ValueError(f"the number of places is a whole number up to {_DIGITS:,}")
+        raise ValueError(f"the number of places must be a whole number up to {_DIGITS:,}")
     return round(number, places) if places else round(number)
 
 
@@ -136,7 +136,7 @@ def _factorial(number: Operand) -> int:
 
 
 def _chosen(number: Operand, of: Operand) -> int:
-    """How many ways there are to choose `of` from `number`: at least (n/k)^k."""
+    """Return the number of ways to choose `of` items from `number` items. The result is at least (n/k)^k."""
     whole, taken = _whole(number), _whole(of)
     fewer = min(taken, whole - taken)
     if fewer > 0:
@@ -145,7 +145,7 @@ def _chosen(number: Operand, of: Operand) -> int:
 
 
 def _arranged(number: Operand, of: Operand | None = None) -> int:
-    """How many ways there are to choose `of` from `number` in order: at least (n/e)^k."""
+    """Return the number of ways to choose `of` items from `number` items in order. The result is at least (n/e)^k."""
     whole = _whole(number)
     taken = whole if of is None else _whole(of)
     if 0 < taken <= whole:
@@ -155,7 +155,7 @@ def _arranged(number: Operand, of: Operand | None = None) -> int:
 
 def _whole(number: Operand) -> int:
     if number < 0 or number != int(number):
-        raise ValueError("it takes whole numbers from 0 on")
+        raise ValueError("it takes whole numbers of at least 0")
     return int(number)
 
 
@@ -169,7 +169,7 @@ def _short(number: Operand) -> str:
 
 
 def _refusal(node: ast.expr) -> str:
-    """What to write instead of what is no arithmetic."""
+    """Return what to write instead of a node that is not arithmetic."""
     match node:
         case ast.BinOp(op=ast.BitXor()):
             return "^ is not an operator here: write ** for a power"
@@ -178,9 +178,9 @@ def _refusal(node: ast.expr) -> str:
         case ast.Name(id=name):
             return f"there is no {name!r} here: constants are {', '.join(_CONSTANTS)}"
         case ast.Call(func=ast.Name(id=name)) if name in _FUNCTIONS:
-            return f"{name} takes numbers alone"
+            return f"{name} takes only numbers, without names of arguments"
         case ast.Call(func=ast.Name(id=name)):
-            return f"there is no function {name!r} here: there are {', '.join(_FUNCTIONS)}"
+            return f"there is no function {name!r} here: functions are {', '.join(_FUNCTIONS)}"
     return f"{ast.unparse(node)[:40]!r} is not arithmetic: write numbers, + - * / // % **, parentheses and functions"
 
 

@@ -1,4 +1,4 @@
-"""`python`: an interpreter for a model, in the sandbox. The manual's page on the sandbox has the guarantees."""
+"""`python`: a sandboxed interpreter for the model. The manual's page on the sandbox lists the guarantees."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from grpo.processes.sandbox.runner import missing
 
 
 class Python:
-    """An interpreter for each conversation: what is defined in a call is there in the next.
+    """An interpreter for each conversation. Definitions persist between the calls of a conversation.
 
-    It runs in the sandbox that `python_tests` has: no network, no files of this machine but those of Python itself. A
-    call that takes too long, or too much memory, ends the interpreter; the model is told, and the next call has a new
-    one. So does the next conversation.
+    It runs in the same sandbox as `python_tests`: no network, and no files of this machine except those of Python
+    itself. A call that takes too long or uses too much memory ends the interpreter: the model reads a note about it,
+    and the next call gets a new interpreter.
     """
 
     def __init__(
@@ -24,10 +24,11 @@ class Python:
         max_characters: int = 4000,
         unsafe: bool = False,
     ) -> None:
-        """Limits: seconds for each call, memory and disk in MB, processes, and characters of a result.
+        """Set the limits: seconds per call, memory and disk in MB, processes, and characters of a result.
 
-        The tool's own `timeout` has to be longer than `seconds`: it ends the conversation. Raises ValueError where
-        there can be no sandbox, unless `unsafe`: then the model's code runs on this machine with only the limits.
+        Set the tool's `timeout` in the recipe higher than `seconds`, because it ends the conversation. Raises
+        ValueError if no sandbox is available, unless `unsafe`: then the model's code runs on this machine with only the
+        limits.
         """
         if not unsafe and (why := missing()) is not None:
             raise ValueError(
@@ -37,12 +38,12 @@ class Python:
         self._interpreter = session.Interpreter(Limits(seconds, memory_mb, processes, disk_mb), unsafe)
 
     def reset(self, seed: int = 0, **_: object) -> None:
-        """A fresh interpreter for a new conversation. Random numbers in it are those of `seed`."""
+        """Discard the interpreter: a new conversation gets a new one, whose random numbers start from `seed`."""
         self.close()
         self._interpreter.seed = seed
 
     def close(self) -> None:
-        """The conversation is over: nothing of the interpreter is left."""
+        """End the interpreter at the end of a conversation."""
         self._interpreter.end()
 
     def python(self, code: str) -> str:
@@ -59,12 +60,12 @@ class Python:
         parts = [ran.printed.removesuffix("\n"), ran.value, ran.error]
         if ran.lost is not None:
             parts.append(
-                f"[the interpreter was stopped: {ran.lost}. A new one is there; what was defined before is gone]"
+                f"[the interpreter was stopped: {ran.lost}. The next call uses a new one; earlier definitions are lost]"
             )
         return self._shortened("\n".join(part for part in parts if part)) or "[no output]"
 
     def _shortened(self, text: str) -> str:
-        """The beginning and the end of a text that is too long: the end has the value, or the error."""
+        """Return the text, without its middle if it is too long: the end has the value or the error."""
         over = len(text) - self._most
         if over <= 0:
             return text

@@ -1,1 +1,1 @@
-"""Runs code that nobody has read, where it can do no harm. The manual's page on the sandbox has the guarantees."""
+"""Runs untrusted code in isolation. The manual's page on the sandbox lists the guarantees."""

@@ -1,4 +1,4 @@
-"""A process in the sandbox: how it is started, watched over and ended."""
+"""Starts, monitors and ends a process in the sandbox."""
 
 from __future__ import annotations
 
@@ -24,29 +24,30 @@ from grpo.processes import tree
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
 HOME = "/sandbox"
-"""The one place in the sandbox where the code may write."""
+"""The only folder in the sandbox that the code can write to."""
 UNBUILT = 113
-"""Exit code where the sandbox itself could not be built."""
+"""Exit code if the sandbox itself cannot be built."""
 SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/sbin", "/etc/ld.so.cache", "/etc/alternatives")
-"""What the code can read of this machine, beside the Python that runs it. Homes, /etc, /proc and /run are not there."""
+"""Paths of this machine that the code can read, in addition to its Python. Home folders, /etc, /proc and /run are
+missing."""
 INTERVAL = 0.02
-"""Seconds between two looks at the memory."""
+"""Seconds between two measurements of memory."""
 NOBODY = 1 << 30
-"""Users from here on are nobody's; each run of root's has one of its own, so that their limits do not add up."""
+"""First of the unused user ids. Each run started by root gets its own user, so that process limits do not add up."""
 FILES = 128
-"""Files that a process may have open."""
+"""Most open files of a process."""
 
 _starting = ThreadPoolExecutor(1, "sandbox")
-"""Its thread starts all cells: the kernel ends a process of a sandbox with the thread, and not only the process, that
-has started it."""
+"""One thread starts all cells, because the kernel kills a sandbox when the thread that started it ends, even if the
+process goes on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the code may use: seconds on the wall; the rest is of all its processes.
+    """Limits on the code's resources: `seconds` of wall time; the other limits are for all its processes together.
 
-    A process that asks for more than `memory_mb` gets a MemoryError; processes that together hold more are killed.
-    `each_process`: whether `seconds` limit the processor time of each process, too, from its start on.
+    A process that requests more than `memory_mb` gets a MemoryError. Processes that hold more together are killed.
+    `each_process` says whether `seconds` also limits the processor time of each process since its start.
     """
 
     seconds: float = 5.0
@@ -57,18 +58,18 @@ class Limits:
 
 
 class End(Enum):
-    """Why a run was over: the code's own doing, or a limit."""
+    """Why a run ended: because of the code itself, or because of a limit."""
 
     CODE, TIME, MEMORY = range(3)
 
 
 class Cell:
-    """A Python in the sandbox, and everything that it starts there."""
+    """A Python process in the sandbox, and all processes that it starts there."""
 
     def __init__(self, arguments: Sequence[str], limits: Limits, unsafe: bool, stdin: int, complaints: int) -> None:
         """Start Python with `arguments`. With `unsafe` there is no sandbox, only limits.
 
-        `complaints` takes what it writes to standard error, and the reason where there is no sandbox.
+        `complaints` is the descriptor for standard error, and for the reason if the sandbox cannot be built.
         """
         self.limits = limits
         self._folder = tempfile.TemporaryDirectory(prefix="grpo-sandbox-", ignore_cleanup_errors=True)
@@ -93,9 +94,9 @@ class Cell:
         self.end = weakref.finalize(self, _end, self.process, self._folder)
 
     def watch(self, readers: Mapping[int, Callable[[bytes], bool]], seconds: float | None = None) -> End:
-        """Give what comes out of descriptors to their readers, until one says that it has all, or a limit is met.
+        """Pass the data from descriptors to their readers, until a reader returns True or a limit is exceeded.
 
-        The end of a stream is given as b"". `seconds` are those of the limits if none are given.
+        The end of a stream is passed as b"". `seconds` defaults to that of the limits.
         """
         look = time.monotonic()
         deadline = look + (self.limits.seconds if seconds is None else seconds)
@@ -103,7 +104,7 @@ class Cell:
             for descriptor in readers:
                 selector.register(descriptor, selectors.EVENT_READ)
             while (now := time.monotonic()) < deadline:
-                if now >= look:  # whatever it writes meanwhile
+                if now >= look:  # on time, even if data arrives all the time
                     if tree.use_more_than(self.pids(), self.limits.memory_mb << 20):
                         return End.MEMORY
                     look = now + INTERVAL
@@ -120,10 +121,10 @@ class Cell:
 
 
 def launched(arguments: Sequence[str], folder: str, settings: Mapping[str, Any]) -> list[str]:
-    """The command that runs this Python with `arguments` in the sandbox, whose root is made on the empty `folder`.
+    """The command that runs this Python with `arguments` in the sandbox, whose root is mounted on the empty `folder`.
 
-    `settings`: `unsafe`, bytes of `memory` for a process and of `disk`, `cpu_seconds`, `processes`, and if need be more
-    that is `readable` and the open `files` of a process.
+    `settings`: `unsafe`, bytes of `memory` per process and of `disk`, `cpu_seconds`, `processes`, and optionally
+    further `readable` paths and the open `files` per process.
     """
     python = os.path.realpath(sys.executable) if sys.prefix == sys.base_prefix else sys.executable
     own = (
@@ -139,7 +140,7 @@ def launched(arguments: Sequence[str], folder: str, settings: Mapping[str, Any])
         "unbuilt": UNBUILT,
         "files": FILES,
         **settings,
-        "readable": sorted({*SYSTEM, *own, *settings.get("readable", ())}),  # what is in a shown folder comes after it
+        "readable": sorted({*SYSTEM, *own, *settings.get("readable", ())}),  # sorted: folders before their contents
         "command": [python, *arguments],
         "user": NOBODY + random.SystemRandom().randrange(NOBODY),
     }
@@ -147,20 +148,20 @@ def launched(arguments: Sequence[str], folder: str, settings: Mapping[str, Any])
 
 
 def variables(home: str) -> dict[str, str]:
-    """What the environment of a process in the sandbox says of its place, and of threads."""
+    """Environment variables of a process in the sandbox: its folders, and one thread for numerical libraries."""
     return {"HOME": home, "TMPDIR": home, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def _read(descriptor: int) -> bytes:
     try:
         return os.read(descriptor, 1 << 16)
-    except ConnectionError:  # a socket whose other end is gone with what was sent to it
+    except ConnectionError:  # a socket whose other end is gone, with unread data
         return b""
 
 
 def _end(process: subprocess.Popen[bytes], folder: tempfile.TemporaryDirectory[str]) -> None:
-    """Kill all of a cell, and leave nothing behind."""
-    for pid in tree.descendants(process.pid):  # without a sandbox they may have sessions of their own
+    """Kill all processes of a cell, and remove its folder."""
+    for pid in tree.descendants(process.pid):  # without a sandbox they may be in other sessions
         tree.end(pid)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -1,6 +1,6 @@
-"""Runs a completion's code against tests, inside the sandbox. Its text is all that an interpreter there is given.
+"""Runs a completion's code against tests inside the sandbox. Its source is passed to Python there as text.
 
-Standard input holds the job, the first descriptor above the standard ones takes the verdict.
+Standard input contains the job. The verdict goes to the original standard output.
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 
 def main() -> None:
     job = json.load(sys.stdin)
-    write, leave, encode = os.write, os._exit, json.JSONEncoder().encode  # as they are before the code can change them
+    write, leave, encode = os.write, os._exit, json.JSONEncoder().encode  # saved before the code can replace them
     verdict = os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
@@ -23,7 +23,7 @@ def main() -> None:
 
 
 def _assertions(code: str, tests: list) -> tuple:  # type: ignore[type-arg]
-    """Each test is code that raises where it fails; it sees the names that the completion's code has made."""
+    """Each test is code that raises if it fails. It sees the names that the completion's code has defined."""
     space = {"__name__": "__main__"}
     try:
         exec(compile(code, "completion.py", "exec"), space)
@@ -40,7 +40,7 @@ def _assertions(code: str, tests: list) -> tuple:  # type: ignore[type-arg]
 
 
 def _program(code: str, tests: list) -> tuple:  # type: ignore[type-arg]
-    """Each test has an `input` for the program and the `output` it must print."""
+    """Each test has an `input` for the program and the `output` that the program must print."""
     with open("completion.py", "w") as file:
         file.write(code)
     passed, first = 0, None
@@ -55,7 +55,9 @@ def _program(code: str, tests: list) -> tuple:  # type: ignore[type-arg]
         if ran.returncode == 0 and ran.stdout.split() == test["output"].split():
             passed += 1
         else:
-            first = first or (ran.stderr.strip().splitlines() or ["printed something else"])[-1][:500]
+            first = (
+                first or (ran.stderr.strip().splitlines() or ["its output differs from the expected output"])[-1][:500]
+            )
     return passed, first
 
 

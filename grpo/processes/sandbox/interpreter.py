@@ -1,7 +1,7 @@
-"""A persistent interpreter, inside the sandbox. Its text is all that a Python there is given.
+"""A persistent interpreter inside the sandbox. Its source is passed to Python there as text.
 
-Standard input is a socket: requests come as lines of JSON, and so do the answers go. What the code prints goes to
-standard output and error.
+Standard input is a socket: requests and answers are lines of JSON. The code's output goes to standard output and
+standard error.
 """
 
 import ast
@@ -14,7 +14,7 @@ import traceback
 from typing import Any
 
 LONGEST = 1 << 14
-"""Characters of a value or of a traceback that are told."""
+"""Most characters of a value or a traceback in an answer."""
 
 
 def main() -> None:
@@ -29,13 +29,13 @@ def main() -> None:
         for line in requests:
             request = json.loads(line)
             value, error = run(request["code"], space, f"<call {request['call']}>")
-            if os.getpid() != own:  # the code has forked: one answer is enough
+            if os.getpid() != own:  # a fork of the code: only the original process answers
                 os._exit(0)
             tell(channel, request["call"], value, error)
 
 
 def determine(seed: int) -> None:
-    """Let there be the same random numbers in each run: of `random`, and by its source of entropy of numpy."""
+    """Make the random numbers of `random` reproducible, and through its entropy source those of numpy."""
     random.seed(seed)
     random._urandom = random.Random(seed).randbytes  # type: ignore[attr-defined]
 
@@ -45,9 +45,9 @@ def tell(channel: int, call: int, value: str | None, error: str | None) -> None:
 
 
 def run(code: str, space: dict[str, Any], name: str) -> tuple[str | None, str | None]:
-    """Execute code; the value of its last expression, and the traceback of what it raised, each None if there is none.
+    """Execute code. Returns the value of its last expression, and the traceback of its exception, each or None.
 
-    `name` is the file's name in tracebacks.
+    `name` is the file name in tracebacks.
     """
     linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
     value = error = None

@@ -1,6 +1,6 @@
-"""What the sandbox asks of the Linux kernel, by ctypes. It runs in a script, by the standard library alone.
+"""The sandbox's calls of the Linux kernel, with ctypes. Runs in a script, so it uses only the standard library.
 
-Namespaces (its own mounts, processes, network, IPC and host name), a root of nothing but what is allowed, a seccomp
+Namespaces (separate mounts, processes, network, IPC and host name), a root with only the allowed paths, a seccomp
 filter, and limits. See namespaces(7), pivot_root(2), seccomp(2), user_namespaces(7).
 """
 
@@ -26,7 +26,7 @@ AF_UNIX = 1
 
 FORBIDDEN = {
     # name: (x86_64, aarch64)
-    "shmget": (29, 194),  # this and memfd: memory that no limit on a process counts
+    "shmget": (29, 194),  # like memfd, memory that no process limit counts
     "semget": (64, 190),
     "msgget": (68, 186),
     "ptrace": (101, 117),
@@ -54,13 +54,13 @@ FORBIDDEN = {
     "move_mount": (429, 429),
     "fsopen": (430, 430),
     "fsmount": (432, 432),
-    "pidfd_open": (434, 434),  # a way to another process, and by the next to its files
+    "pidfd_open": (434, 434),  # gives access to another process, and with pidfd_getfd to its files
     "pidfd_getfd": (438, 438),
     "mount_setattr": (442, 442),
     "memfd_secret": (447, 447),
 }
 MACHINES = {"x86_64": (0, 0xC000003E, 56, 41), "aarch64": (1, 0xC00000B7, 220, 198)}
-"""Of each: its column above, its AUDIT_ARCH, and its numbers of clone and socket."""
+"""By machine: the column above, AUDIT_ARCH, and the numbers of the system calls clone and socket."""
 PIVOT_ROOT = FORBIDDEN["pivot_root"]
 CLONE3 = 435
 
@@ -68,7 +68,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def is_root() -> bool:
-    """Whether this is the machine's root, who may become any user; root of a container without privileges is not."""
+    """Whether this user is the machine's root, who may become any user. Root of an unprivileged container is not."""
     if os.getuid() != 0:
         return False
     inside, outside, count = Path("/proc/self/uid_map").read_text().split()[:3]
@@ -76,7 +76,7 @@ def is_root() -> bool:
 
 
 def isolate(root: bool) -> None:
-    """Enter new namespaces, that of users among them unless this is root. The next child is process 1 there."""
+    """Enter new namespaces, including a user namespace unless this is root. The next child is process 1 in them."""
     flags = NEWNS | NEWUTS | NEWIPC | NEWPID | NEWNET
     user, group = os.getuid(), os.getgid()
     if root:
@@ -89,12 +89,12 @@ def isolate(root: bool) -> None:
 
 
 def die_with_parent() -> None:
-    """Be killed when the parent is gone, however it went."""
+    """Have this process killed when its parent ends, for any reason."""
     _checked("prctl", _libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0))
 
 
 def enter_root(at: Path, readable: list[str], home: str, home_bytes: int) -> None:
-    """Make `at` the root: the `readable` paths, not to be written; an empty `home` that can be; a few devices."""
+    """Make `at` the root, with the `readable` paths (read-only), an empty writable `home`, and a few devices."""
     _mount("none", "/", None, MS_REC | MS_PRIVATE)
     _mount("tmpfs", str(at), "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m")
     for path in readable:
@@ -109,7 +109,7 @@ def enter_root(at: Path, readable: list[str], home: str, home_bytes: int) -> Non
     number = PIVOT_ROOT[MACHINES[platform.machine()][0]]
     _checked("pivot_root", _libc.syscall(number, bytes(at), bytes(old)))
     os.chdir("/")
-    with contextlib.suppress(OSError):  # nobody needs the folder now, and whoever made it may be killed
+    with contextlib.suppress(OSError):  # the folder is not needed any more, and its creator may be killed
         os.rmdir(f"/.old{at}")
     _checked("umount2", _libc.umount2(b"/.old", MNT_DETACH))
     os.rmdir("/.old")
@@ -118,9 +118,9 @@ def enter_root(at: Path, readable: list[str], home: str, home_bytes: int) -> Non
 
 
 def limit(cpu_seconds: int | None, memory: int | None, file_size: int, files: int, processes: int | None) -> None:
-    """Limits on each process, in seconds, bytes and open files; that on processes holds for all of them together.
+    """Set the limits of each process, in seconds, bytes and open files. `processes` limits all of them together.
 
-    None: no limit.
+    None means no limit.
     """
     limits = {
         resource.RLIMIT_CPU: cpu_seconds,
@@ -131,14 +131,14 @@ def limit(cpu_seconds: int | None, memory: int | None, file_size: int, files: in
         resource.RLIMIT_NPROC: processes,
     }
     if sys.platform == "darwin":
-        del limits[resource.RLIMIT_AS]  # known there, and refused
+        del limits[resource.RLIMIT_AS]  # macOS defines it but refuses to set it
     for what, bound in limits.items():
         if bound is not None:
             resource.setrlimit(what, (bound, bound))
 
 
 def drop_privileges(user: int | None) -> None:
-    """Be nobody, for good: another user, no new privileges, and no system calls that reach outside."""
+    """Drop privileges permanently: another user, no new privileges, and no system calls that reach outside."""
     if user is not None:
         os.setgroups([])
         os.setresgid(user, user, user)
@@ -151,7 +151,7 @@ def drop_privileges(user: int | None) -> None:
 
 
 def _filter(machine: str) -> bytes:
-    """A classic BPF program: EPERM for the forbidden calls, for new user namespaces, and for sockets but local ones."""
+    """A classic BPF program: EPERM for the forbidden calls, for new namespaces, and for sockets except local ones."""
     column, architecture, clone, socket = MACHINES[machine]
     load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, refuse, absent, kill = 0x7FFF0000, 0x50000 | EPERM, 0x50000 | ENOSYS, 0x80000000
@@ -163,7 +163,7 @@ def _filter(machine: str) -> bytes:
         (load, 0, 0, number),
         (at_least, 0, 1, 0x40000000),  # the x32 ABI
         (give, 0, 0, kill),
-        (equal, 0, 1, CLONE3),  # its flags lie in memory, out of sight; libc falls back on clone
+        (equal, 0, 1, CLONE3),  # a filter cannot see its flags in memory; libc falls back to clone
         (give, 0, 0, absent),
     ]
     for numbers in FORBIDDEN.values():
@@ -183,7 +183,7 @@ def _filter(machine: str) -> bytes:
 
 
 def _show(path: str, root: Path) -> None:
-    """Make a file, a folder or a link appear under `root`, not to be written."""
+    """Make a file, a folder or a link appear under `root`, read-only."""
     target = root / path.lstrip("/")
     if target.exists() or target.is_symlink() or not os.path.lexists(path):
         return

@@ -1,7 +1,8 @@
-"""Goes into the sandbox and runs a command there. A script; by the standard library alone.
+"""Builds the sandbox and runs a command in it. A script that uses only the standard library.
 
-Three processes: this one waits outside; process 1 of the new namespace builds the root and reaps; its child gives up
-what it may and becomes the command. With process 1 everything in the namespace dies, and it dies with this one.
+There are three processes: this one waits outside; process 1 of the new namespace builds the root and reaps children;
+its child drops privileges and becomes the command. When process 1 dies, everything in the namespace dies, and process 1
+dies with this process.
 """
 
 import json
@@ -18,7 +19,7 @@ def main() -> None:
     if settings["unsafe"]:
         if sys.platform == "linux":
             kernel.die_with_parent()
-        _limit(settings, processes=None)  # in no namespace it would count the user's other processes too
+        _limit(settings, processes=None)  # without a namespace the limit would count the user's other processes
         _become(settings)
     try:
         root = kernel.is_root()

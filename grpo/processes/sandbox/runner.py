@@ -1,4 +1,4 @@
-"""Code against tests, in the sandbox: one call, one verdict."""
+"""Runs code against tests in the sandbox, once per call, and returns a verdict."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ LARGEST_VERDICT = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """How many of the tests passed, and the first thing that went wrong."""
+    """The number of passed tests, and the first error."""
 
     passed: int
     error: str | None
 
 
 def run_tests(code: str, tests: Sequence[Any], limits: Limits, unsafe: bool = False) -> Tally:
-    """Run `code`, then `tests` on it: pieces of code that raise where they fail, or `{input, output}` of a program.
+    """Run `code`, then its `tests`: code that raises if it fails, or `{input, output}` for a program.
 
-    Raises RuntimeError where the sandbox cannot be built; with `unsafe` there is none, only limits.
+    Raises RuntimeError if the sandbox cannot be built. With `unsafe` there is no sandbox, only limits.
     """
     seal = secrets.token_hex(16)
     job = json.dumps({"seal": seal, "code": code, "tests": list(tests)}).encode()
@@ -49,13 +49,13 @@ def run_tests(code: str, tests: Sequence[Any], limits: Limits, unsafe: bool = Fa
             cell.end()
         complaints.seek(0)
         why = complaints.read(1000).decode(errors="replace").strip()
-    if cell.process.returncode == UNBUILT and why:  # the code has no way to those complaints
+    if cell.process.returncode == UNBUILT and why:  # the code under test cannot write to `complaints`
         raise RuntimeError(f"the sandbox cannot be built: {why}")
     return _verdict(said, seal, end, cell.process.returncode, limits)
 
 
 def _said(cell: Cell, limits: Limits) -> tuple[bytes, End]:
-    """What a cell writes until it has ended, and why that was."""
+    """The output of a cell until it ends, and the reason for its end."""
     assert cell.process.stdout is not None
     said, deadline = bytearray(), time.monotonic() + limits.seconds
 
@@ -72,13 +72,13 @@ def _said(cell: Cell, limits: Limits) -> tuple[bytes, End]:
 
 @functools.cache
 def missing() -> str | None:
-    """Why there can be no sandbox here; None where there can be."""
+    """The reason why sandboxes do not work on this machine, or None."""
     if sys.platform != "linux":
-        return f"on {sys.platform} there is no isolation yet, only on Linux"
+        return f"grpo isolates code only on Linux, not yet on {sys.platform}"
     if os.uname().machine not in ("x86_64", "aarch64"):
-        return f"the system calls of {os.uname().machine} are not known to it"
+        return f"grpo does not know the system calls of {os.uname().machine}"
     if os.environ.get("HOME") == HOME and not os.path.exists("/proc"):
-        return "this process is in a sandbox already, which stays around it, and the kernel lets it build no other"
+        return "this process already runs in a sandbox, where the kernel does not allow another one"
     try:
         verdict = run_tests("", ["pass"], Limits(seconds=20.0))
     except RuntimeError as error:
@@ -97,4 +97,4 @@ def _verdict(said: bytes, seal: str, end: End, code: int, limits: Limits) -> Tal
         return Tally(0, f"not done in {limits.seconds:g} s")
     if end is End.MEMORY:
         return Tally(0, f"its processes together held more than {limits.memory_mb} MB")
-    return Tally(0, f"it ended before its tests did ({ending(128 - code if code > 128 else code)})")
+    return Tally(0, f"its process ended before the tests finished ({ending(128 - code if code > 128 else code)})")

@@ -1,4 +1,4 @@
-"""A persistent interpreter in the sandbox, from outside: code in, what came of it out; what was defined stays."""
+"""A persistent interpreter in the sandbox, seen from outside: runs pieces of code that share their definitions."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from grpo.processes.sandbox.cell import UNBUILT, Cell, End, Limits
 
 INTERPRETER = Path(__file__).with_name("interpreter.py")
 START_SECONDS = 30.0
-"""For an interpreter to be there; a moment, unless the machine is busy."""
+"""Seconds for an interpreter to start, which takes only a moment unless the machine is busy."""
 KEPT = 1 << 16
-"""Bytes that are kept of the beginning of what is printed, and of the end."""
+"""Bytes of output that are kept from the beginning, and from the end."""
 LARGEST_ANSWER = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """What came of a piece of code.
+    """The result of a piece of code.
 
-    printed    what it and all that it started printed, or the beginning and the end of that
+    printed    the output of the code and of all processes that it started; of long output the beginning and the end
     value      the `repr` of its last expression's value, None if there is none
-    error      the traceback of what it raised, None if it raised nothing
-    lost       why the interpreter is gone, and with it everything that was defined; None if it is still there
+    error      the traceback of the exception that it raised, None if it raised nothing
+    lost       why the interpreter is gone, with all its definitions; None if it is still running
     """
 
     printed: str
@@ -41,24 +41,24 @@ class Ran:
 
 
 class Interpreter:
-    """A Python interpreter in the sandbox, started when it is first needed. Not for several threads at once.
+    """A Python interpreter in the sandbox, started on first use. Not thread-safe.
 
-    Between two pieces of code it stands still, and the processes that the code has started are killed: it takes no
-    processor time, and no more memory. Nothing of it outlives this object.
+    Between two pieces of code the interpreter is stopped, and the processes that the code started are killed: it uses
+    no processor time and no additional memory. None of its processes outlives this object.
     """
 
     def __init__(self, limits: Limits, unsafe: bool = False, seed: int = 0) -> None:
-        """The `seconds` of the limits are for each piece of code. With `unsafe` there is no sandbox, only limits.
+        """The `seconds` of the limits apply to each piece of code. With `unsafe` there is no sandbox, only limits.
 
-        `seed` is that of the random numbers in it: of `random`, `secrets` and numpy.
+        `seed` determines the random numbers of `random`, `secrets` and numpy in the interpreter.
         """
         self.limits, self.unsafe, self.seed = limits, unsafe, seed
         self._running: _Running | None = None
 
     def run(self, code: str) -> Ran:
-        """Run a piece of code where the former ones have run. When that is gone, in a new interpreter.
+        """Run a piece of code in the same interpreter as before; if that is gone, in a new one.
 
-        Raises RuntimeError where the sandbox cannot be built.
+        Raises RuntimeError if the sandbox cannot be built.
         """
         if self._running is None:
             self._running = _Running(self.limits, self.unsafe, self.seed)
@@ -72,20 +72,20 @@ class Interpreter:
         return ran
 
     def end(self) -> None:
-        """End the interpreter, if there is one. The next code gets a new one."""
+        """End the interpreter, if there is one. The next piece of code gets a new interpreter."""
         if self._running is not None:
             self._running.end()
             self._running = None
 
 
 class _Running:
-    """One interpreter that runs."""
+    """A running interpreter."""
 
     def __init__(self, limits: Limits, unsafe: bool, seed: int) -> None:
         self._limits = limits
         self._channel, far_end = socket.socketpair()
         text = INTERPRETER.read_text(encoding="utf-8")
-        arguments = ["-s", "-P", "-B", "-c", text, str(seed)]  # -I would not let it see the seed of hashes
+        arguments = ["-s", "-P", "-B", "-c", text, str(seed)]  # not -I, which ignores PYTHONHASHSEED
         limits = replace(limits, each_process=False)
         with far_end:
             self._cell = Cell(arguments, limits, unsafe, far_end.fileno(), subprocess.STDOUT)
@@ -106,7 +106,7 @@ class _Running:
         self._calls += 1
         self._tape, self._said = _Tape(), bytearray()
         end = End.CODE
-        with contextlib.suppress(OSError):  # it is gone, or does not listen
+        with contextlib.suppress(OSError):  # the interpreter is gone, or does not read
             os.kill(self._own[-1], signal.SIGCONT)
             self._channel.settimeout(self._limits.seconds)
             self._channel.sendall(json.dumps({"call": self._calls, "code": code}).encode() + b"\n")
@@ -128,7 +128,7 @@ class _Running:
         raise RuntimeError(f"the interpreter did not start in {START_SECONDS:g} s ({code=}): {said}")
 
     def _watch(self, seconds: float) -> End:
-        """Wait for an answer, and take down what is printed meanwhile."""
+        """Wait for an answer, and record the output meanwhile."""
         stdout = self._cell.process.stdout
         assert stdout is not None
 
@@ -139,7 +139,7 @@ class _Running:
         return self._cell.watch({self._channel.fileno(): answer, stdout.fileno(): self._tape.take}, seconds)
 
     def _answer(self) -> dict[str, str | None] | None:
-        """The answer to the newest call, if it is there; anything may have been written beside it."""
+        """The answer to the newest call, or None. The code may have written anything else to the channel, too."""
         for line in self._said.splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                 answer = json.loads(line)
@@ -149,7 +149,7 @@ class _Running:
         return None
 
     def _printed(self) -> str:
-        """What has been printed, with what is in the pipe still."""
+        """The output so far, the rest of the pipe included."""
         stdout = self._cell.process.stdout
         assert stdout is not None
         with contextlib.suppress(BlockingIOError):
@@ -159,12 +159,12 @@ class _Running:
         return self._tape.text()
 
     def _stand_still(self) -> bool:
-        """Stop the interpreter, and kill what else there is; whether the interpreter is there."""
+        """Stop the interpreter, and kill its child processes. Returns whether the interpreter is still there."""
         with contextlib.suppress(ProcessLookupError):
-            if sys.platform == "linux":  # elsewhere nothing would end what stands still when this process is lost
+            if sys.platform == "linux":  # elsewhere a stopped interpreter would outlive this process
                 os.kill(self._own[-1], signal.SIGSTOP)
         killed: set[int] = set()
-        while new := {*self._cell.pids()} - {*self._own} - killed:  # those that are killed can start no more
+        while new := {*self._cell.pids()} - {*self._own} - killed:  # killed processes can start no others
             for pid in new:
                 tree.end(pid)
             killed |= new
@@ -176,7 +176,9 @@ class _Running:
         if end is End.MEMORY:
             return f"its processes together held more than {self._limits.memory_mb} MB"
         code = self._ended()
-        return "it made no sense" if code is None else f"it ended: {ending(128 - code if code > 128 else code)}"
+        if code is None:
+            return "it sent an invalid answer"
+        return f"it ended: {ending(128 - code if code > 128 else code)}"
 
     def _ended(self, seconds: float = 1.0) -> int | None:
         """The exit code, once the interpreter has ended."""
@@ -187,7 +189,7 @@ class _Running:
 
 @dataclass(slots=True)
 class _Tape:
-    """The beginning and the end of what was printed."""
+    """The beginning and the end of the output."""
 
     head: bytearray = field(default_factory=bytearray)
     tail: bytearray = field(default_factory=bytearray)

@@ -1,4 +1,4 @@
-"""Worker processes in the sandbox: what they may read, and how they are started there."""
+"""Worker processes in the sandbox: the files that they may read, and the command that starts them."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from grpo.processes.sandbox.runner import missing
 
 PACKAGE = Path(__file__).parents[2]
 PROCESSES, FILES, DISK = 2048, 1024, 256 << 20
-"""Processes and threads of a worker together, open files of each process, and bytes that it may write."""
+"""Limits: processes and threads of a worker together, open files of each process, and bytes that it may write."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sandbox:
-    """What a worker in the sandbox sees beside Python itself: nothing of it can be written."""
+    """The read-only folders that a worker in the sandbox sees, in addition to Python."""
 
     readable: tuple[str, ...]
 
     @classmethod
     def of(cls, what: str, files: Iterable[Path], others: Iterable[Path] = ()) -> Sandbox:
-        """The folders of `files`, of this package, and those that Python imports from, but for the home folder.
+        """A sandbox that shows the folders of `files`, this package, and Python's imports, but not the home folder.
 
-        So are those of `others`, as far as they may be. Raises UserError, which begins with `what`, where there is no
-        sandbox, and for files that cannot be shown.
+        Folders of `others` are shown too, if they do not contain the home folder. Raises UserError, which begins with
+        `what`, if sandboxes do not work here, and for files that cannot be shown.
         """
         if (why := missing()) is not None:
             raise UserError(
-                f"{what}: sandbox: there is none here: {why}. `sandbox: false` runs it as you, with your files and "
-                "your network"
+                f"{what}: sandbox: not available here: {why}. `sandbox: false` runs it as you, with access to your "
+                "files and your network"
             )
         found = [path.absolute() for path in files]
         for path in found:
@@ -44,7 +44,7 @@ class Sandbox:
         return cls(tuple(dict.fromkeys(str(place) for path in shown for place in (path, path.resolve()))))
 
     def command(self, arguments: Sequence[str], folder: str) -> list[str]:
-        """The command that runs Python with `arguments` in the sandbox, whose root is made on the empty `folder`."""
+        """The command that runs Python with `arguments` in the sandbox, whose root is mounted on the empty `folder`."""
         settings = {
             "unsafe": False,
             "cpu_seconds": None,
@@ -57,26 +57,26 @@ class Sandbox:
         return launched(arguments, folder, settings)
 
     def environment(self, outside: Mapping[str, str]) -> dict[str, str]:
-        """The variables of a process outside, with its place in the sandbox."""
+        """The environment variables `outside`, with the paths of the sandbox."""
         return {**outside, **variables(HOME)}
 
 
 def _holds_home(folder: Path) -> bool:
-    """Whether a folder is the home folder or one above it."""
+    """Whether a folder is the home folder, or contains it."""
     home = Path.home().resolve()
     return folder.resolve() in (home, *home.parents)
 
 
 def _check(what: str, file: Path) -> None:
-    """Raises UserError for a file whose folder is not to be shown, or that nobody could read there."""
+    """Raise UserError for a file whose folder must not be shown, or that the sandbox's user cannot read."""
     if _holds_home(file.parent):
         raise UserError(
-            f"{what}: sandbox: it shows the folder of {file}, which holds your home folder: put the file into a folder "
-            "of its own"
+            f"{what}: sandbox: it would show the folder of {file}, which contains your home folder: move the file to "
+            "its own folder"
         )
     for path, needed in ((file.parent, stat.S_IROTH | stat.S_IXOTH), (file, stat.S_IROTH)):
         if is_root() and path.exists() and path.stat().st_mode & needed != needed:
             raise UserError(
-                f"{what}: sandbox: started by root, it is run by a user of its own, who may not read {path}: "
+                f"{what}: sandbox: you are root, so the sandbox runs as another user, who cannot read {path}: run "
                 f"chmod -R o+rX {file.parent}"
             )

@@ -1,4 +1,4 @@
-"""The completions that the page has to read: a choice within a number of bytes, spread over a run's steps."""
+"""The completions in the page: a selection within a limit of bytes, spread over a run's steps."""
 
 from __future__ import annotations
 
@@ -17,44 +17,44 @@ from grpo.telemetry.recorded import RecordedRun
 from grpo.types import Rollout, Task, Trajectory
 
 MOST_BYTES = 2_400_000
-"""Of completions in a page, of all runs together."""
+"""Maximum number of bytes of completions in a page, over all runs."""
 STEPS = 24
-"""Steps whose completions are shown, evenly from the first to the last, while there is room."""
+"""Maximum number of steps whose completions are shown, spread evenly from the first to the last."""
 FOLLOWED, TIMES = 8, 6
-"""Prompts that are shown at several steps (those that were sampled most often), and at how many."""
+"""Number of prompts that are shown at several steps (the most frequently sampled ones), and number of these steps."""
 GROUPS_AT_LEAST = 24
-"""Groups that there is room for: of large groups, the best and the worst completions are shown."""
+"""Minimum number of groups with room in the page: a large group shows only its best and worst completions."""
 LONGEST_TEXT, LONGEST_PROMPT, LONGEST_VALUE = 20_000, 8_000, 300
-"""Characters of a completion, a message of a prompt, and a column of the data."""
+"""Maximum number of characters of a completion, of a prompt's message, and of a data column."""
 FULL_MESSAGES = 4
-"""Messages of a prompt that may all be that long; more of them share the room of so many."""
+"""Number of a prompt's messages that may each have `LONGEST_PROMPT` characters; more messages share this room."""
 
 StoredGroup = tuple[Path, int]
 """A stored step's file, and the number of a group in it."""
 
 
 def browsed(run: RecordedRun, sharing: int = 1) -> PageJson | None:
-    """The completions of a run to read, within its share of the page's bytes; None where none are stored. Those of a
-    step that a broken reward ended are among them.
+    """A selection of a run's completions, within its share of the page's bytes; None if no completions are stored. It
+    includes the completions of a step that a broken reward ended.
 
-    stored    steps that are stored
-    total     completions in them; those of older groups that a step replayed are counted where they were sampled
+    stored    number of stored steps
+    total     number of stored completions; replayed groups count only at the step that sampled them
     prompts   [[[role, text], …], …] as the model saw them; the role of a plain prompt is empty
     tasks     [{"source", "index", "columns": {name: text}}, …]
     rows      the completions, by step:
-        step, group, index   its place
-        prompt, task         places in these lists
+        step, group, index   position of the completion
+        prompt, task         indices into `prompts` and `tasks`
         reward, advantage, penalty, scores, failures, extras   of `Rollout`; the last three by name, absent if empty
-        tokens               trained tokens
-        finish               why it ended
-        text                 all that followed the prompt, beginning and end where it is long; absent for a long
+        tokens               number of trained tokens
+        finish               finish reason
+        text                 everything after the prompt, only beginning and end if it is long; absent for a long
                              conversation
         turns                of a conversation, [{"who", "text", "calls", "reward", "advantage"}, …]
-        characters           the characters of each token in `text`, see `text.counts`; absent where unknown
-        trained              see `text.spans_of`; absent where all tokens are
-        columns              {name: digits, one for each token}: `surprise` is -log p when it was sampled, in nats,
-                             see `text.surprises`
-        turn_advantages      of each turn of the policy, where turns have their own
+        characters           number of characters of each token in `text`, see `text.counts`; absent if unknown
+        trained              see `text.spans_of`; absent if all tokens are trained
+        columns              {name: digits, one per token}: `surprise` is -log p at sampling time, in nats, see
+                             `text.surprises`
+        turn_advantages      advantage of each turn of the policy; absent if turns have no advantages of their own
     """
     failed = run.folder / FAILED
     paths = [*stored_steps(run.folder / COMPLETIONS), *([failed] if failed.exists() else [])]
@@ -79,15 +79,15 @@ def browsed(run: RecordedRun, sharing: int = 1) -> PageJson | None:
 
 
 KnownGroups = dict[int, tuple[str, Any]]
-"""The groups that a step sampled itself, each with its task."""
+"""The task of each group that a step sampled, without replayed groups."""
 
 
 @lru_cache(maxsize=4096)
 def _known(path: Path, written: int) -> tuple[int, KnownGroups]:
-    """How many completions a stored file has, and of which groups, read in a small part of the time that it takes to
-    read all of it. Groups that the step replayed are in an earlier step's file.
+    """The number of completions in a stored file, and its groups. Reads only a few columns, which is much faster than
+    reading the whole file. Groups that the step replayed are left out: they are in an earlier step's file.
 
-    A live page asks again and again; a file that was `written` at the same time, in ns, is not read twice.
+    A live page asks repeatedly; the cache key `written` (modification time in ns) avoids reading a file twice.
     """
     del written
     columns = read_columns(path, ("group", "source", "task", "lag", "replayed"))
@@ -98,7 +98,7 @@ def _known(path: Path, written: int) -> tuple[int, KnownGroups]:
 
 
 def _followed(groups: Mapping[Path, KnownGroups]) -> dict[Path, list[int]]:
-    """The groups of the prompts that were sampled most often, at a few of their steps each, by file."""
+    """The groups of the most frequently sampled prompts, at `TIMES` steps per prompt, by file."""
     seen: dict[tuple[str, Any], list[StoredGroup]] = {}
     for path, known in groups.items():
         for group, task in known.items():
@@ -111,13 +111,13 @@ def _followed(groups: Mapping[Path, KnownGroups]) -> dict[Path, list[int]]:
 
 
 def _spread(items: Sequence[Any], most: int) -> list[Any]:
-    """At most so many, evenly from the first to the last."""
+    """At most `most` items, spread evenly from the first to the last."""
     return [items[place] for place in sorted({round(i * (len(items) - 1) / max(1, most - 1)) for i in range(most)})]
 
 
 @dataclass
 class _Shelf:
-    """What was chosen, with `room` for so many bytes more."""
+    """The selected completions; `room` is the number of bytes left."""
 
     room: int
     prompts: list[list[list[str]]] = field(default_factory=list)
@@ -127,11 +127,11 @@ class _Shelf:
 
     def __post_init__(self) -> None:
         self.most = self.room // GROUPS_AT_LEAST
-        """Bytes for one group."""
+        """Maximum number of bytes for one group."""
 
     def add(self, path: Path, numbers: Sequence[int], most: int) -> None:
-        """Put groups of a file in that are not in yet, within `most` bytes; of a large group the outermost
-        completions."""
+        """Add the groups `numbers` of a file that are not selected yet, within `most` bytes; a large group adds only
+        its best and worst completions."""
         missing, least = [place for place in numbers if (path, place) not in self.places], self.room - most
         for place, (step, group, spans) in zip(missing, read_groups(path, missing), strict=False):
             left, begun = self.most, len(self.rows)
@@ -152,11 +152,11 @@ class _Shelf:
             self.places[path, place] = begun
 
     def _new_size(self, name: str, value: Any) -> int:
-        """The bytes that a value would take in a list: none where it is in it."""
+        """The number of bytes that adding a value to a list takes; 0 if the list has the value."""
         return 0 if (name, repr(value)) in self.places else size_of(value)
 
     def _placed(self, name: str, value: Any) -> int:
-        """The place of a value in a list, where it is put if it is not there."""
+        """The index of a value in a list; the value is added if the list does not have it."""
         known, key = getattr(self, name), (name, repr(value))
         if key not in self.places:
             self.places[key] = len(known)
@@ -166,7 +166,7 @@ class _Shelf:
 
 
 def _outermost(rollouts: Sequence[Rollout]) -> list[int]:
-    """The places of completions: the best, the worst, the second best, …; those without a reward count as the worst."""
+    """Indices of the best completion, the worst, the second best, …; a completion without a reward counts as worst."""
     rewards = [float("-inf") if rollout.reward is None else rollout.reward for rollout in rollouts]
     rated = sorted(range(len(rollouts)), key=lambda i: (-rewards[i], i))
     return [rated[(i // 2) if i % 2 == 0 else -1 - i // 2] for i in range(len(rated))]
@@ -204,7 +204,7 @@ def _scored(rollout: Rollout) -> PageJson:
 
 
 def _said(rollout: Rollout, spans: list[int] | None) -> PageJson:
-    """The words, and what is known of each token."""
+    """The text of a completion or of its turns, and its per-token columns."""
     trajectory = rollout.trajectory
     whole = len(trajectory.text) <= LONGEST_TEXT
     said: PageJson = {} if trajectory.conversation is None else {"turns": _turns(rollout)}

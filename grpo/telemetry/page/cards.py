@@ -1,4 +1,4 @@
-"""The page's summary figures: what training changed, and what it cost."""
+"""The page's summary figures: what training changed and what it cost."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from grpo.telemetry.recorded import RecordedRun
 from grpo.types import EvalMetrics
 
 PART = 0.1
-"""The share of the steps whose mean reward stands for a run's beginning, and for its end."""
+"""The fraction of a run's steps that is averaged for its first reward, and for its last reward."""
 RATES = {"none": "no score", "error": "errors", "timeout": "timeouts"}
 LOST = {"crash": "crashes", "memory": "too much memory"}
-"""Failures of processes that environments share, and their headings."""
+"""Kinds of failure that only environments have, and their headings."""
 
 
 def cards(run: RecordedRun) -> dict[str, Any]:
     """The summary of a run.
 
     evaluations   [{"name", "n", "before", "after"}, …], where before and after are {"step", "value", "low", "high"}
-                  with 95 % intervals; before is null where there was one evaluation only
+                  with 95 % intervals; before is null if there was only one evaluation
     reward        {"before", "after", "steps"}: means of the first and the last `steps` steps; null without rewards
-    steps         on record
-    seconds       of all steps on record, evaluations and loading left out
-    peak_memory   in GB; null where it is not on record
-    tokens        sampled in all
-    silent        steps without a signal
-    replayed      older groups that steps learned from again
-    failures      completions that a reward or an environment failed on, since the start
+    steps         number of recorded steps
+    seconds       duration of all recorded steps, without evaluations and loading
+    peak_memory   in GB; null if it was not recorded
+    tokens        number of sampled tokens
+    silent        number of steps without a signal
+    replayed      number of older groups that steps replayed
+    failures      number of completions on which a reward or an environment failed, since the start
     """
     peaks, silent = values_of(run, "peak_memory_gb"), values_of(run, "steps_without_signal")
     return {
@@ -69,19 +69,20 @@ def _rewarded(rewards: Sequence[float]) -> dict[str, Any] | None:
 
 
 def phases(run: RecordedRun) -> list[list[Any]]:
-    """The phases of a run's steps with their seconds in all, the longest first."""
+    """The phases of a run's steps with their total seconds, longest first."""
     names = {name for record in run.steps for name in record.values if is_phase(name)}
     spent = [[name.removeprefix("time/"), sum(values_of(run, name))] for name in sorted(names)]
-    return sorted(spent, key=lambda one: -one[1])
+    return sorted(spent, key=lambda phase: -phase[1])
 
 
 def is_phase(name: str) -> bool:
-    """Whether a metric is a phase of a step, `time/rollout`, and not part of one, `time/rewards/remote/p50`."""
+    """Whether a metric is the time of a phase (`time/rollout`), rather than of a part (`time/rewards/remote/p50`)."""
     return name.startswith("time/") and name.count("/") == 1
 
 
 def failures(run: RecordedRun) -> dict[str, Any]:
-    """For each reward, the completions that it failed on and had no score for; of an environment, conversations."""
+    """A table with the failures of each reward: the number of failed completions, or conversations for an environment,
+    and the mean rate of each kind."""
     known = {name for record in run.steps for name in record.values}
     kinds = RATES | {kind: said for kind, said in LOST.items() if any(name.endswith(f"/{kind}_rate") for name in known)}
     rows = []
@@ -93,10 +94,10 @@ def failures(run: RecordedRun) -> dict[str, Any]:
 
 
 def graders(run: RecordedRun) -> list[str]:
-    """The names of the rewards and environments on record."""
+    """The names of the recorded rewards and environments."""
     return sorted({name.split("/")[1] for record in run.steps for name in record.values if name.startswith("rewards/")})
 
 
 def values_of(run: RecordedRun, name: str) -> list[float]:
-    """A metric at the steps that have it."""
+    """A metric's values at the steps that have the metric."""
     return [record.values[name] for record in run.steps if name in record.values]

@@ -3,7 +3,7 @@
 const PAGE = 100;
 const MOST_COMPARED = 200;
 
-/** A choice of texts; `all` is what stands for no wish. */
+/** A select of texts; `all` is the label of the option without a filter. */
 function choice(label, all, change) {
   const select = el("select", { onchange: change });
   return { select, all, node: el("label", {}, `${label} `, select) };
@@ -41,13 +41,13 @@ class Browser {
       this.list();
     } });
     this.detail = el("div", { class: "detail", tabindex: "-1" });
-    this.none = el("p", { class: "faint", hidden: "" }, "No completions are stored: the recipe has log.completions: null, or no step was finished.");
+    this.none = el("p", { class: "faint", hidden: "" }, "No completions are stored: the recipe has log.completions: null, or no step has finished.");
     const filters = el("div", { class: "filters" }, el("label", { class: "search" }, "Search ", this.search), this.run.node, this.step.node, this.source.node, this.outcome.node, el("label", {}, "Sort by ", this.sort, this.down), this.only);
     this.body = el("div", {}, filters, this.about, el("div", { class: "browser" }, el("div", { class: "side" }, this.items, this.more), this.detail));
-    root.replaceChildren(el("h2", {}, "Completions to read"), this.none, this.body);
+    root.replaceChildren(el("h2", {}, "Completion browser"), this.none, this.body);
   }
 
-  /** Take what the data has now, of the runs that are switched on. */
+  /** Take the current data of the selected runs. */
   refresh() {
     this.entries = shownRuns().flatMap(([run]) => (run.completions ? run.completions.rows.map(row => entryOf(run, row)) : []));
     this.none.hidden = this.entries.length > 0;
@@ -123,7 +123,7 @@ class Browser {
     this.show();
   }
 
-  /** The chosen completion. */
+  /** The selected completion. */
   show() {
     const { row, task } = this.chosen;
     const facts = [["step", row.step.toLocaleString("en-US")], ["advantage", formatSigned(row.advantage)], ["length", `${row.tokens.toLocaleString("en-US")} tokens`], ["ended by", row.finish]];
@@ -145,7 +145,7 @@ class Browser {
     );
   }
 
-  /** What followed the prompt: as turns, as tokens, or as plain text. */
+  /** The text after the prompt: as turns, as tokens, or as plain text. */
   answer(row) {
     const tokens = tokensOf(row), choices = [];
     const pick = (label, options, now, change) => {
@@ -166,7 +166,7 @@ class Browser {
     return [el("div", { class: "choices" }, ...choices, scaleOf(color, tokens)), el("pre", { class: "answer" }, ...tokens.map(token => tokenNode(token, color, tokens)))];
   }
 
-  /** The other completions of this prompt, by run and step, and the difference to one of them. */
+  /** The other completions of this prompt, by run and step, and the difference to a selected one. */
   overTime() {
     const same = this.entries.filter(entry => entry.key === this.chosen.key && entry.promptKey === this.chosen.promptKey);
     if (same.length < 2) return [];
@@ -205,9 +205,9 @@ class Browser {
   compared() {
     if (!this.other) return [];
     const parts = difference(this.other.text, this.chosen.text);
-    if (parts.every(([kind]) => kind === "same")) return [el("p", { class: "faint" }, "The two say the same, word for word.")];
+    if (parts.every(([kind]) => kind === "same")) return [el("p", { class: "faint" }, "The two completions are identical.")];
     const nodes = parts.map(([kind, text]) => (kind === "same" ? text : el(kind === "gone" ? "del" : "ins", {}, text)));
-    return [el("p", { class: "faint" }, "Struck out: only in the other completion. Underlined: only in this one."), el("pre", { class: "answer" }, ...nodes)];
+    return [el("p", { class: "faint" }, "Strikethrough: only in the other completion. Underlined: only in this completion."), el("pre", { class: "answer" }, ...nodes)];
   }
 }
 
@@ -237,7 +237,7 @@ function turnNode(turn) {
     ...(turn.calls || []).map(call => el("pre", { class: "call" }, `→ ${call}`)));
 }
 
-/** How strongly a token is colored, from -1 to 1. */
+/** The color intensity of a token, from -1 to 1. */
 function strength(token, color, tokens) {
   if (color === "none" || token[color] === null) return 0;
   if (color === "surprise") return Math.min(1, token.surprise / 5);
@@ -252,7 +252,7 @@ function tokenNode(token, color, tokens) {
     const hue = color === "surprise" ? "--surprise" : part > 0 ? "--better" : "--worse";
     node.style.background = `color-mix(in srgb, var(${hue}) ${Math.round(Math.abs(part) * 50)}%, transparent)`;
   }
-  const told = [token.surprise === null ? null : `p = ${formatNumber(Math.exp(-token.surprise))}, −log p = ${formatNumber(token.surprise)}`, token.advantage === null ? "not sampled: nothing is learned from it" : `advantage ${formatSigned(token.advantage)}`];
+  const told = [token.surprise === null ? null : `p = ${formatNumber(Math.exp(-token.surprise))}, −log p = ${formatNumber(token.surprise)}`, token.advantage === null ? "not sampled: the policy does not learn from it" : `advantage ${formatSigned(token.advantage)}`];
   node.title = told.filter(Boolean).join("\n");
   return node;
 }

@@ -1,4 +1,4 @@
-"""The data of the report's page: what runs' folders hold, as plain JSON values."""
+"""The data of the report's page: the content of runs' folders as plain JSON values."""
 
 from __future__ import annotations
 
@@ -18,36 +18,35 @@ from grpo.telemetry.recorded import RecordedRun
 FORMAT = 1
 """The version of the contract in `page_data`. A page and its data are always made by the same version of grpo."""
 MOST_POINTS = 200_000
-"""Values of metrics in a page, of all runs together: less than 2 MB."""
+"""Maximum number of metric values in a page, over all runs: less than 2 MB."""
 
 
 def page_data(runs: Sequence[RecordedRun], completions: bool = True) -> PageJson:
     """Everything that the page shows, as JSON values (no NaN, no infinity).
 
-    The page takes it from the block `<script id="data">` that `grpo.telemetry.report.page` writes, or, where that was
-    told an address, fetches it again and again and shows what changed: zoom, filters and what is open stay. Both are
-    this object:
+    The page reads this object from the block `<script id="data">` that `grpo.telemetry.report.page` writes. With a live
+    address, the page fetches the object repeatedly and shows the changes: zoom, filters and open rows stay. The object:
 
         format   1
         title    of the page
-        plots    the plots in their order, as `layout` describes them
+        plots    the plots in order, as `layout` describes them
         runs     a list of runs, in the order of their colors:
             name          unique in the page
             state         `RecordedRun.state`, such as "running"
-            step, steps   the last step on record, and how many the recipe asks for
-            now           the phase of the step that is under way, in words; only while `grpo watch` shows a running run
-            settings      [[heading, text], …]: what was trained on what
+            step, steps   the last recorded step, and the number of steps in the recipe
+            now           progress of the current phase, as text; only while `grpo watch` shows a running run
+            settings      [[heading, text], …]: the main settings
             cards         summary figures, see `cards`
             x             the steps of the metrics' values
-            every         steps behind each value: above 1 where a long run was thinned, and values are means
+            every         number of steps per value: above 1 in a long run, whose values are means
             metrics       {name: [value or null, …]}, along x
-            phases        [[name, seconds in all steps], …], the longest first
+            phases        [[name, total seconds], …], longest first
             evaluations   {"x": steps, "n": prompts, "grader": name, "values": {name: {"value": […], "low": […], "high":
-                          […]}}} with 95 % intervals; null where there was none
+                          […]}}} with 95 % intervals; null without evaluations
             alarms        [[step, kind, what happened, what to do], …], see `grpo.alarm`
             failures      {"headings": […], "rows": [[…], …]}
-            completions   those to read, see `browsed`; absent with `completions=False`, and then the page keeps those
-                          that it has: reading them takes longer than all the rest. null where none are stored.
+            completions   a selection, see `browsed`; null if none are stored. With `completions=False` it is absent,
+                          and the page keeps its old completions: reading them takes longer than everything else.
 
     Values are rounded to 5 significant digits. The size is bounded, whatever the runs' lengths: 1,000 steps take less
     than 5 MB.
@@ -89,7 +88,7 @@ def _of_run(run: RecordedRun, name: str, every: int) -> PageJson:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """A name for each folder that no other has: its last part, or where two share that, the path as it was given."""
+    """A unique name for each folder: its last part, or the given path if two folders have the same last part."""
     last = [folder.resolve().name for folder in folders]
     named = [name if last.count(name) == 1 else str(folder) for name, folder in zip(last, folders, strict=True)]
     return [name if named.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(named)]
@@ -100,7 +99,7 @@ def _metric_names(run: RecordedRun) -> list[str]:
 
 
 def _thinned(values: Sequence[float | None], every: int) -> list[float | None]:
-    """The means of so many values in a row each, without those that are missing."""
+    """The mean of each `every` consecutive values, ignoring missing values."""
     means = []
     for start in range(0, len(values), every):
         known = [value for value in values[start : start + every] if value is not None]
@@ -130,7 +129,7 @@ def _evaluations(run: RecordedRun) -> PageJson | None:
 
 
 def _plain(value: Any) -> Any:
-    """The same with every float rounded."""
+    """The same value with every float rounded."""
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Which plots the page has, in which order, and what each says."""
+"""Defines the page's plots: their order, titles, metrics and descriptions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CURVES = (
         REWARD,
         "Groups with equal rewards",
         ("frac_reward_zero_std",),
-        "fraction of groups whose rewards are all equal: these teach nothing",
+        "fraction of groups whose rewards are all equal: the policy learns nothing from them",
     ),
     (POLICY, "Entropy", ("entropy",), "of the policy at the sampling temperature, in nats, mean over tokens"),
     (POLICY, "KL to the reference", ("kl",), "estimate, mean over tokens, in nats"),
@@ -40,11 +40,11 @@ CURVES = (
         "fraction of tokens whose ratio left the clip range below and above",
     ),
     (POLICY, "Gradient norm", ("grad_norm",), "before clipping"),
-    (POLICY, "Loss", ("loss",), "near 0 by construction in on-policy GRPO: its value is no measure of progress"),
+    (POLICY, "Loss", ("loss",), "near 0 by construction in on-policy GRPO: the value does not measure progress"),
     (POLICY, "Learning rate", ("learning_rate",), "of the step's last update"),
     (
         POLICY,
-        "Sampler and trainer apart",
+        "Sampler against trainer",
         ("sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max"),
         "absolute difference between the logprobs of the generator and of the trainer",
     ),
@@ -57,7 +57,7 @@ CURVES = (
     ),
     (
         COMPLETIONS,
-        "Cut off and repeating",
+        "Truncated and repeating",
         ("completions/clipped_ratio", "completions/repetition_ratio"),
         "fraction of completions ended by the length limit, and by the limit on repetition",
     ),
@@ -72,7 +72,7 @@ CURVES = (
     (COST, "Sampling speed", ("rollout_tokens_per_second",), "tokens per second while completions are sampled"),
     (COST, "Time of a step", ("step_time",), "seconds"),
 )
-"""(section, title, metrics, what they are). A plot without data in any run is left out."""
+"""(section, title, metrics, description). A plot without data in any run is left out."""
 
 Plot = dict[str, Any]
 
@@ -80,16 +80,16 @@ Plot = dict[str, Any]
 def layout(runs: Sequence[RecordedRun]) -> list[Plot]:
     """The plots that these runs have data for.
 
-        section   the heading that it stands under
-        title     its own
-        about     what it shows, in a line
+        section   the heading above the plot
+        title     the plot's title
+        about     what the plot shows, on one line
         kind      lines: each metric of each run is a curve; interval: each evaluation metric of each run is a curve
-                  with its 95 % interval; stack: the metrics on top of one another, a plot for each run
+                  with its 95 % interval; stack: stacked metrics, one plot per run
         series    [[metric, label], …]
-        shades    whether the colors are a scale from little to much (stack)
-        run       the place of the only run that it is of; null: of all
+        shades    whether the colors are a scale from low to high (stack)
+        run       the index of the plot's only run; null for a plot of all runs
 
-    Metrics in no plot have small plots of their own at the end of the page.
+    Metrics without a plot here get small plots at the end of the page.
     """
     known = {name for run in runs for record in run.steps for name in record.values}
     curves = [
@@ -115,12 +115,12 @@ def _plot(section: str, title: str, about: str, kind: str, series: Mapping[str, 
 
 
 def _short(name: str, names: Sequence[str]) -> str:
-    """What tells a metric from the others of its plot."""
+    """The label of a metric in its plot: the last part of its name, if the plot has several metrics."""
     return name.rpartition("/")[2] if len(names) > 1 else name
 
 
 def _evaluations(runs: Sequence[RecordedRun]) -> list[Plot]:
-    """A plot for each metric of evaluations: `greedy` and the ones by which runs choose their best first."""
+    """A plot per evaluation metric: first `greedy` and the metrics that select the runs' best checkpoints."""
     best = [run.recipe.best_metric for run in runs if run.recipe.eval]
     known = dict.fromkeys(name for run in runs for evaluation in run.evaluations for name in evaluation.values)
     chosen = [name for name in dict.fromkeys(["greedy", *best, *known]) if name in known]
@@ -129,14 +129,14 @@ def _evaluations(runs: Sequence[RecordedRun]) -> list[Plot]:
 
 
 def _families(known: set[str]) -> list[Plot]:
-    """Plots whose metrics carry names that a recipe chose: rewards and sources."""
+    """Plots whose metrics contain names from the recipe: rewards and sources."""
 
     def family(prefix: str, suffix: str) -> dict[str, str]:
         found = sorted(name for name in known if name.startswith(prefix) and name.endswith(suffix))
         return {name: name.removeprefix(prefix).removesuffix(suffix) for name in found}
 
     rewards = family("rewards/", "/mean")
-    rewards = rewards if len(rewards) > 1 else {}  # one alone is the reward, but for its weight
+    rewards = rewards if len(rewards) > 1 else {}  # a single reward equals `reward` up to its weight
     return [
         _plot(REWARD, "Each reward", "mean score of each reward, before weights", "lines", rewards),
         _plot(
@@ -158,13 +158,13 @@ def _families(known: set[str]) -> list[Plot]:
 
 
 def _stacks(runs: Sequence[RecordedRun], known: set[str]) -> list[Plot]:
-    """What steps are made of, a plot for each run: outcomes, phases, ends of conversations, sources, pools."""
+    """Stacked plots of each run: outcomes, phases, finish reasons of conversations, sources, curriculum pools."""
     shares = {name for name in _under(known, "sources/") if name.endswith("/share")}
     parts = [
         (
             REWARD,
             "Groups by outcome",
-            "fraction of groups of which no, some, or all completions have reward 1 or more",
+            "fraction of groups in which no, some, or all completions have reward 1 or more",
             OUTCOMES,
             "",
         ),
@@ -187,39 +187,39 @@ def _under(names: set[str], prefix: str) -> set[str]:
 
 
 def _pools(run: RecordedRun) -> list[Plot]:
-    """For a run with a curriculum, the histogram of its tasks' solve rates over steps, and the step's draws; with
-    `data.sources` for each source that has one."""
+    """For a run with a curriculum: a histogram of its tasks' solve rates over steps, and the draws per pool. With
+    `data.sources`, these two plots for each source with a curriculum."""
     known = {name for record in run.steps for name in record.values}
     plots = []
     for source, data in run.recipe.data.parts.items():
         folder = f"{CURRICULUM}{source}/" if run.recipe.data.sources else CURRICULUM
         if f"{folder}unseen" not in known or data.curriculum is None:
             continue
-        of = f" ({source})" if run.recipe.data.sources else ""
+        suffix = f" ({source})" if run.recipe.data.sources else ""
         rates = _plot(
             "Curriculum",
-            f"Tasks by solve rate{of}",
+            f"Tasks by solve rate{suffix}",
             "tasks by the solve rate of their latest group",
             "stack",
             _rates(folder),
         )
         drawn = {f"{folder}drawn/{pool}": said for pool, said in _described(data.curriculum).items()}
         draws = _plot(
-            "Curriculum", f"Draws by pool{of}", "share of the step's tasks drawn from each pool", "stack", drawn
+            "Curriculum", f"Draws by pool{suffix}", "share of the step's tasks drawn from each pool", "stack", drawn
         )
         plots += [rates | {"shades": True}, draws]
     return plots
 
 
 def _rates(folder: str) -> dict[str, str]:
-    """The metrics of the histogram, which begin with `folder`, and which rates each counts."""
+    """The metrics of the histogram, which begin with `folder`, with labels for their ranges of solve rates."""
     names = [f"{folder}{name.removeprefix(CURRICULUM)}" for name in TENTHS]
     said = {name: f"{place / len(names):g} to {(place + 1) / len(names):g}" for place, name in enumerate(names)}
     return {**said, f"{folder}unseen": "no rate yet"}
 
 
 def _described(cfg: CurriculumConfig) -> dict[str, str]:
-    """The pools with the solve rates that each is for."""
+    """Labels of the pools, with the range of solve rates of each."""
     low, high = f"{cfg.hard_threshold:g}", f"{cfg.easy_threshold:g}"
     bounds = {"hard": f"0 to {low}", "normal": f"above {low}, to {high}", "easy": f"above {high}, to 1"}
     return {pool: f"{pool} ({bounds.get(pool, 'no rate yet')})" for pool in POOLS}

@@ -1,4 +1,4 @@
-/* Pure functions: numbers into text, curves, choosing completions, tokens, differences. No document, no state. */
+/* Pure functions: number formats, curves, completion filters, tokens, differences. No document, no state. */
 
 /** A number in at most four significant digits, with separators of thousands. */
 function formatNumber(value) {
@@ -10,12 +10,12 @@ function formatNumber(value) {
   return String(Number(value.toPrecision(size < 1 ? 3 : 4))).replace("-", "−");
 }
 
-/** A measured value with three decimals, as its interval has them. */
+/** A measured value with three decimals, like its interval. */
 function formatMeasure(value) {
   return value !== null && value !== undefined && Math.abs(value) < 10 ? value.toFixed(3).replace("-", "−") : formatNumber(value);
 }
 
-/** A value with its 95 % interval, where it has one. */
+/** A value with its 95 % interval, if there is one. */
 function formatInterval(value, low, high) {
   const around = low === null || low === undefined ? "" : ` (${formatMeasure(low)} to ${formatMeasure(high)})`;
   return formatMeasure(value) + around;
@@ -26,7 +26,7 @@ function formatSigned(value) {
   return value > 0 ? `+${formatNumber(value)}` : formatNumber(value);
 }
 
-/** Seconds as people say them: 0.42 s, 31 s, 12 min 5 s, 3 h 20 min. */
+/** A duration as text: 0.42 s, 31 s, 12 min 5 s, 3 h 20 min. */
 function formatSeconds(seconds) {
   if (seconds < 10) return `${formatNumber(seconds)} s`;
   const whole = Math.round(seconds);
@@ -37,8 +37,8 @@ function formatSeconds(seconds) {
 }
 
 /**
- * An exponential moving average without the bias towards its beginning. `weight` in [0, 1) is how much of the former
- * mean stays at each value. Missing values (null) stay missing and change nothing.
+ * An exponential moving average with bias correction. `weight` in [0, 1) is the weight of the previous mean. Missing
+ * values (null) stay missing and do not change the mean.
  */
 function smooth(values, weight) {
   let mean = 0, total = 0;
@@ -81,7 +81,7 @@ function clockOf(steps, seconds, every = 1) {
   };
 }
 
-/** The value at a place, or the last one before it that is there. */
+/** The value at an index, or the last known value before it. */
 function valueBefore(values, place) {
   for (let i = Math.min(place, values.length - 1); i >= 0; i -= 1) {
     if (values[i] !== null && values[i] !== undefined) return values[i];
@@ -89,13 +89,13 @@ function valueBefore(values, place) {
   return null;
 }
 
-/** What is said in a completion, to be searched. */
+/** The text of a completion, for the search. */
 function spoken(row) {
   if (row.turns) return row.turns.map(turn => [turn.text, ...(turn.calls || [])].join("\n")).join("\n");
   return row.text || "";
 }
 
-/** The outcomes that a completion counts as in the filter. */
+/** The outcomes of a completion, for the filter. */
 function outcomes(row) {
   const found = [`ended: ${row.finish}`];
   if (row.reward === null) found.push("no reward");
@@ -104,8 +104,8 @@ function outcomes(row) {
 }
 
 /**
- * Whether an entry {run, row, task, prompt, text} is wanted. A wish that is empty is no wish:
- * {run, step, source, outcome, task, search}.
+ * Whether an entry {run, row, task, prompt, text} matches the filter {run, step, source, outcome, task, search}. An
+ * empty field of the filter matches everything.
  */
 function isWanted(entry, wishes) {
   if (wishes.run && entry.run !== wishes.run) return false;
@@ -125,7 +125,7 @@ const SORT_KEYS = {
   length: entry => entry.row.tokens,
 };
 
-/** Entries in order of a key; those without a value come last either way, and equal ones keep their order. */
+/** Entries sorted by a key; entries without a value come last in either direction, equal entries keep their order. */
 function sortEntries(entries, key, descending) {
   const value = SORT_KEYS[key];
   return entries
@@ -153,7 +153,7 @@ function countsOf(text) {
   return counts;
 }
 
-/** The tokens of a completion: [{text, trained, turn, surprise, advantage}, …]; null where they are not known. */
+/** The tokens of a completion: [{text, trained, turn, surprise, advantage}, …]; null if they are unknown. */
 function tokensOf(row) {
   if (row.characters === undefined || row.text === undefined) return null;
   const characters = Array.from(row.text); // whole characters, as Python counts them
@@ -176,7 +176,7 @@ function tokensOf(row) {
   return tokens;
 }
 
-/** Whether each token is trained, from the lengths of spans that take turns. */
+/** Whether each token is trained, from alternating lengths of trained and untrained spans. */
 function trainedOf(spans, length) {
   if (!spans) return Array(length).fill(true);
   return spans.flatMap((span, i) => Array(span).fill(i % 2 === 0));
@@ -185,8 +185,8 @@ function trainedOf(spans, length) {
 const MOST_CELLS = 4e6;
 
 /**
- * The difference of two texts, word by word: [["same" | "gone" | "new", text], …]. Where they are too long for that,
- * line by line; and where they are too long for that, all of one and all of the other.
+ * The difference of two texts, word by word: [["same" | "gone" | "new", text], …]. Longer texts are compared line by
+ * line. Texts that are too long even for that give all of one text and all of the other.
  */
 function difference(before, after) {
   for (const pieces of [/\s+|\w+|[^\s\w]/gu, /[^\n]*\n|[^\n]+$/g]) {
@@ -202,7 +202,7 @@ function difference(before, after) {
   return joined([["gone", before], ["new", after]].filter(part => part[1]));
 }
 
-/** By the longest common subsequence. */
+/** The difference of two lists, by the longest common subsequence. */
 function commonParts(a, b) {
   const width = b.length + 1, lengths = new Uint16Array((a.length + 1) * width);
   for (let i = a.length - 1; i >= 0; i -= 1) {
@@ -229,7 +229,7 @@ function commonParts(a, b) {
   return parts;
 }
 
-/** Neighbors of one kind as one. */
+/** Merges neighbors of the same kind. */
 function joined(parts) {
   const whole = [];
   for (const [kind, text] of parts) {
@@ -239,7 +239,7 @@ function joined(parts) {
   return whole;
 }
 
-/** New data in the place of old: a run that comes without completions keeps those that it has. */
+/** New data instead of the old data; a run without completions in the new data keeps its old completions. */
 function updated(old, fresh) {
   const kept = new Map(old.runs.map(run => [run.name, run.completions]));
   const runs = fresh.runs.map(run => ("completions" in run ? run : { ...run, completions: kept.get(run.name) ?? null }));

@@ -1,6 +1,6 @@
-/* What is around the plots and the completions: the header, the cards, the tables, the toolbar, and new data. */
+/* Everything around the plots and the completions: header, cards, tables, toolbar, and updates of the data. */
 
-/** An element. Texts become text, never HTML: what models say is not to be trusted. */
+/** An element. Strings become text nodes, never HTML, because the output of models is untrusted. */
 function el(name, attributes = {}, ...children) {
   const node = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) {
@@ -14,12 +14,12 @@ function el(name, attributes = {}, ...children) {
 const at = id => document.getElementById(id);
 const state = { data: JSON.parse(at("data").textContent), off: new Set(), smoothing: 0, log: false, axis: "step", zoom: null };
 
-/** The runs that are switched on, with their places, which give the colors. */
+/** The selected runs, with their indices, which determine the colors. */
 function shownRuns() {
   return state.data.runs.map((run, place) => [run, place]).filter(([run]) => !state.off.has(run.name));
 }
 
-/** Put nodes in the place of what is there; what was opened or closed by hand stays so. */
+/** Replace the children of a node; sections that the user opened or closed stay that way. */
 function redraw(root, nodes) {
   const open = new Map([...root.querySelectorAll("details[id]")].map(part => [part.id, part.open]));
   const focused = root.contains(document.activeElement) && document.activeElement.closest("details[id]");
@@ -39,7 +39,7 @@ function swatch(place) {
 function drawHeader() {
   at("title").textContent = state.data.title;
   document.title = state.data.title;
-  const links = [["Summary", "summary"], ...[...document.querySelectorAll("details.section")].map(part => [part.querySelector("h2").textContent, part.id]), ["Completions to read", "completions"]];
+  const links = [["Summary", "summary"], ...[...document.querySelectorAll("details.section")].map(part => [part.querySelector("h2").textContent, part.id]), ["Completion browser", "completions"]];
   const drawn = JSON.stringify([links, state.data.runs.map(run => run.name)]);
   if (at("links").dataset.drawn === drawn) return; // the focus may be here
   at("links").dataset.drawn = drawn;
@@ -89,7 +89,7 @@ function connectToolbar() {
   at("print").addEventListener("click", () => window.print());
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawPlots);
   let closed = [], theme = "auto";
-  window.addEventListener("beforeprint", () => { // on paper: light, and all but the metrics in no plot open
+  window.addEventListener("beforeprint", () => { // for print: light colors, and every section expanded except the other metrics
     theme = at("theme").value;
     closed = [...document.querySelectorAll("details.setup:not([open])")];
     for (const part of closed) part.open = true;
@@ -112,13 +112,13 @@ function setTheme(name) {
 function drawSummary() {
   redraw(at("summary"), shownRuns().map(([run, place]) => {
     const cards = [...changeCards(run), timeCard(run), memoryCard(run), phaseCard(run), failureCard(run)];
-    const setup = el("details", { class: "setup", id: `setup-${place}` }, el("summary", {}, "What was trained on what"), el("dl", {}, ...run.settings.flatMap(([name, text]) => [el("dt", {}, name), el("dd", {}, text)])));
+    const setup = el("details", { class: "setup", id: `setup-${place}` }, el("summary", {}, "Main settings"), el("dl", {}, ...run.settings.flatMap(([name, text]) => [el("dt", {}, name), el("dd", {}, text)])));
     const head = el("header", {}, state.data.runs.length > 1 ? swatch(place) : null, el("h2", {}, run.name), el("span", { class: `state ${run.state}` }, run.state), el("span", { class: "faint" }, `step ${run.step.toLocaleString("en-US")} of ${run.steps.toLocaleString("en-US")}${run.now ? `, ${run.now}` : ""}`));
     return el("article", { class: "run" }, head, alarmsOf(run), el("div", { class: "cards" }, ...cards.filter(Boolean)), setup);
   }));
 }
 
-/** What went wrong, the newest first; all of it is in the table. */
+/** The newest alarms first; the table has all of them. */
 function alarmsOf(run) {
   if (!run.alarms.length) return null;
   const told = run.alarms.slice(-3).reverse().map(([step, kind, what]) => el("li", {}, el("b", {}, `${kind} at step ${step.toLocaleString("en-US")}`), `: ${what}`));
@@ -156,7 +156,7 @@ function timeCard(run) {
   const steps = run.metrics.step_time ? run.cards.steps : 0;
   if (!steps) return null;
   const { seconds, tokens } = run.cards;
-  return card("Time in steps", formatSeconds(seconds), `${formatSeconds(seconds / steps)} per step`, tokens ? `${formatNumber(tokens)} tokens sampled` : null);
+  return card("Time", formatSeconds(seconds), `${formatSeconds(seconds / steps)} per step`, tokens ? `${formatNumber(tokens)} tokens sampled` : null);
 }
 
 function memoryCard(run) {
@@ -164,7 +164,7 @@ function memoryCard(run) {
   return peak === null ? null : card("Peak memory", `${formatNumber(peak)} GB`, "highest since the run started");
 }
 
-/** The phases as one bar, and in words with their shares. */
+/** The phases as one bar, and as text with their shares. */
 function phaseCard(run) {
   const total = run.phases.reduce((sum, [, seconds]) => sum + seconds, 0);
   if (!total) return null;
@@ -183,7 +183,7 @@ function phaseCard(run) {
   return el("div", { class: "card phases" }, el("h3", {}, "Cost by phase"), bar, list);
 }
 
-/** The color that a phase has in the plot of times. */
+/** The color of a phase in the plot of times. */
 function phasePlace(run, name) {
   const series = state.data.plots.filter(plot => plot.run === state.data.runs.indexOf(run)).flatMap(plot => plot.series.map(([metric], i) => [metric, i]));
   return (series.find(([metric]) => metric === `time/${name}`)?.[1] ?? 0) % 8;
@@ -209,8 +209,8 @@ function drawTables() {
   const alarms = runs.flatMap(run => run.alarms.map(([step, ...told]) => named(run, [String(step), ...told])));
   redraw(at("tables"), [
     ...(alarms.length ? [tableSection("What went wrong", [...first, "step", "alarm", "what happened", "what to do"], alarms, "")] : []),
-    tableSection("Evaluation table", [...first, "metric", "first", "last", "prompts", "graded by"], evaluations, "No evaluation is on record: the recipe has no section eval, or none was reached."),
-    tableSection("Reward failures", [...first, ...headings], failures, "No reward is on record."),
+    tableSection("Evaluation table", [...first, "metric", "first", "last", "prompts", "graded by"], evaluations, "There is no evaluation yet: the recipe has no section eval, or the run has not reached one."),
+    tableSection("Reward failures", [...first, ...headings], failures, "There is no reward yet."),
   ]);
 }
 
@@ -224,7 +224,7 @@ function tableSection(title, headings, rows, none) {
 
 /* ---- New data ---- */
 
-/** Show new data in the place of the old; what was chosen stays. */
+/** Replace the data; the user's selections stay. */
 function takeData(fresh) {
   const old = state.data;
   state.data = updated(old, fresh);
@@ -247,7 +247,7 @@ function sameMetrics(old, fresh) {
   return JSON.stringify(names(old)) === JSON.stringify(names(fresh));
 }
 
-/** Fetch the data again and again, while a run is running. */
+/** Fetch the data repeatedly while a run is running. */
 async function follow(address, seconds) {
   const line = at("live");
   line.hidden = false;
@@ -258,10 +258,10 @@ async function follow(address, seconds) {
       takeData(await answer.json());
       line.textContent = `Live: as of ${new Date().toLocaleTimeString("en-US")}`;
     } catch (error) {
-      line.textContent = `Not live: ${address} cannot be read (${error.message}). What is shown is the last that was read.`;
+      line.textContent = `Not live: cannot read ${address} (${error.message}). The page shows the last data that it read.`;
     }
     if (!state.data.runs.some(run => run.state === "running")) {
-      line.textContent = "No run is running any more: this is how they ended.";
+      line.textContent = "Not live: all runs have ended. The page shows their final state.";
       return;
     }
     await new Promise(done => setTimeout(done, 1000 * seconds));

@@ -1,4 +1,4 @@
-/* The grid of plots. All share one cursor and one range of the x axis (`state.zoom`). */
+/* The grid of plots. All plots share one cursor and one range of the x axis (`state.zoom`). */
 
 const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3], [12, 5]];
 const HEIGHT = 190, LARGE = 420, FEW = 12;
@@ -6,7 +6,7 @@ const STEP_TICKS = [0, 1, 2, 3, 4, 5, 6].flatMap(power => [1, 2, 5].map(first =>
 const TIME_TICKS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, ...[1, 2, 5, 10, 20, 30].map(n => n * 60), ...[1, 2, 5, 10, 20, 50, 100].map(n => n * 3600)];
 const cells = [];
 
-/** A look that the style sheet defines for the mode that is on. */
+/** A CSS variable of the current color mode. */
 function look(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
@@ -15,13 +15,13 @@ function colorOf(place) {
   return look(`--curve-${place % 8}`);
 }
 
-/** A color between two, for scales from little to much. */
+/** A color between two colors, for scales from low to high. */
 function shade(part) {
   const [from, to] = [look("--little"), look("--much")].map(hex => [1, 3, 5].map(i => parseInt(hex.slice(i, i + 2), 16)));
   return `rgb(${from.map((value, i) => Math.round(value + part * (to[i] - value))).join(",")})`;
 }
 
-/** The color of a part of a stack on a scale; tasks without a solve rate are outside of it. */
+/** The color of a part of a stack on a scale; tasks without a solve rate are not on the scale. */
 function shadeOf(series, place) {
   const rated = series.filter(([metric]) => !metric.endsWith("/unseen"));
   return place < rated.length ? shade(rated.length > 1 ? place / (rated.length - 1) : 1) : look("--unknown");
@@ -32,14 +32,14 @@ function faded(color) {
   return `rgba(${r},${g},${b},0.3)`;
 }
 
-/** The x values for steps of a run, on the axis that is chosen. */
+/** The x values of a run's steps, on the selected axis. */
 function alongAxis(run, steps) {
   if (state.axis === "step") return steps;
   const clock = clockOf(run.x, run.metrics.step_time || run.x.map(() => 0), run.every);
   return steps.map(clock);
 }
 
-/** The whole range of the x axis, so that all plots have the same. */
+/** The full range of the x axis, the same for all plots. */
 function fullRange() {
   const ends = shownRuns().flatMap(([run]) => {
     const steps = [...run.x, ...(run.evaluations ? run.evaluations.x : [])];
@@ -60,8 +60,8 @@ function extremes(values) {
 }
 
 /**
- * The curves of a plot as the data has them: {run, label, color, dash, x, values, low, high}. One run: a color for each
- * metric; several: a color for each run, and a dash for each metric.
+ * The curves of a plot: {run, label, color, dash, x, values, low, high}. With one run, each metric has a color; with
+ * several runs, each run has a color and each metric a dash pattern.
  */
 function curvesOf(plot) {
   const several = state.data.runs.length > 1, curves = [];
@@ -88,11 +88,11 @@ function evaluationOf(run, metric) {
   return known ? { x: run.evaluations.x, values: known.value, low: known.low, high: known.high } : null;
 }
 
-/** One plot of the page: its frame, which stays, and the drawing in it, which is made anew when its looks change. */
+/** One plot of the page: a permanent frame, and a drawing that is created again when its appearance changes. */
 class Cell {
   constructor(plot) {
     this.plot = plot;
-    this.log = null; // null: as the toolbar says
+    this.log = null; // null: as in the toolbar
     this.title = el("h3", {}, this.heading());
     this.logButton = el("button", { type: "button", "aria-pressed": "false", title: "Logarithmic y axis", onclick: () => this.toggleLog() }, "log");
     this.sizeButton = el("button", { type: "button", "aria-pressed": "false", title: "Larger", onclick: () => this.toggleSize() }, "⤢");
@@ -126,7 +126,7 @@ class Cell {
     this.logButton.setAttribute("aria-pressed", String(this.isLog()));
   }
 
-  /** Show new data; the drawing stays where it has the same curves, and with it the cursor and the focus. */
+  /** Show new data. If the curves are the same, the drawing stays, and so do the cursor and the focus. */
   renew() {
     const before = this.chart && this.shape();
     this.curves = curvesOf(this.plot);
@@ -181,7 +181,7 @@ class Cell {
     return { data: tables.length ? uPlot.join(tables) : [[]], series, bands };
   }
 
-  /** The sums are drawn from the top: each covers what is above the next. */
+  /** Stacked sums are drawn from the top down: each area covers the lower part of the previous one. */
   putStack(put) {
     const sums = stacked(this.curves.map(curve => curve.values));
     for (let i = this.curves.length - 1; i >= 0; i -= 1) {
@@ -220,7 +220,7 @@ class Cell {
     };
   }
 
-  /** A broken line at each step with an alarm. */
+  /** A dotted line at each step with an alarm. */
   markAlarms(chart) {
     const { ctx, bbox } = chart;
     ctx.save();
@@ -255,7 +255,7 @@ class Cell {
     this.tellValues();
   }
 
-  /** The values at the cursor, or the last ones where it is not over a plot. */
+  /** The values at the cursor, or the last values if the cursor is not over a plot. */
   tellValues() {
     if (!this.chart || !this.values) return;
     const at = this.chart.cursor.idx, x = this.chart.data[0];
@@ -331,7 +331,7 @@ class Cell {
   }
 }
 
-/** The range of a linear y axis; around a value that never changes there is room. */
+/** The range of a linear y axis, with space around a constant value. */
 function yRange(low, high, stack) {
   if (low === null || high === null) return [0, 1];
   if (stack) return [0, high > 0 ? high * 1.02 : 1];
@@ -339,7 +339,7 @@ function yRange(low, high, stack) {
   return uPlot.rangeNum(low, high, 0.1, true);
 }
 
-/** Show a range of the x axis in all plots; null: all of it. */
+/** Show a range of the x axis in all plots; null: the full range. */
 function zoomTo(range) {
   const [low, high] = fullRange();
   if (range) range = [Math.max(low, range[0]), Math.min(high, range[1])];
@@ -354,7 +354,7 @@ function drawPlots() {
   for (const cell of cells) cell.draw();
 }
 
-/** The plots of the data under their headings, then a small one for each metric that is in none of them. */
+/** The plots of the data under their headings, then a small plot for each other metric. */
 function buildPlots(root) {
   for (const cell of cells.splice(0)) {
     cell.observer.disconnect();
@@ -374,7 +374,7 @@ function buildPlots(root) {
   drawPlots();
 }
 
-/** A part of the page that can be closed. The metrics in no plot begin closed, with a field to find some. */
+/** A section of the page that can be collapsed. The section of other metrics starts collapsed, with a search field. */
 function section(name, grid, closed) {
   const parts = [el("summary", {}, el("h2", {}, name))];
   if (closed) {

@@ -1,4 +1,4 @@
-"""What was trained on what, in a few lines for the page."""
+"""The page's table of a run's main settings."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from grpo.tools.card import data_names, short_name, short_what
 
 
 def settings(run: RecordedRun) -> list[list[str]]:
-    """Headings, each with what the recipe says of it."""
+    """Rows of the table: [heading, text]."""
     cfg = run.recipe
-    own = [config for config in cfg.conversations.values() if config.what]
+    environments = [config for config in cfg.conversations.values() if config.what]
     graded = [
-        *((short_name(one.use), one.weight) for one in cfg.rewards),
-        *((short_what(one), one.weight) for one in own if _rewards(run, one)),
+        *((short_name(reward.use), reward.weight) for reward in cfg.rewards),
+        *((short_what(config), config.weight) for config in environments if _rewards(run, config)),
     ]
     loss = f"{cfg.loss.type}, beta {cfg.loss.beta:g}, learning rate {cfg.optim.learning_rate:g}"
     loss += f", {cfg.teacher.describe()}" if cfg.teacher else ""
-    talks = ", ".join([*map(short_what, own), *(short_name(one.use) for one in cfg.tools)])
+    talks = ", ".join([*map(short_what, environments), *(short_name(tool.use) for tool in cfg.tools)])
     adapter = cfg.adapter.type if cfg.adapter.type == "full" else f"{cfg.adapter.type}, rank {cfg.adapter.rank}"
     return [
         ["model", f"{short_name(cfg.model.name)} ({adapter})"],
@@ -44,7 +44,7 @@ def _steps(run: RecordedRun) -> str:
 
 
 def _rewards(run: RecordedRun, environment: EnvironmentConfig) -> bool:
-    """Whether a step on record has a reward from an environment; where that cannot be told, it has."""
+    """Whether a recorded step has a reward from the environment; True if the records do not tell."""
     name = environment.called
     known = {metric for record in run.steps for metric in record.values if metric.startswith(f"rewards/{name}/")}
     return not known or f"rewards/{name}/mean" in known

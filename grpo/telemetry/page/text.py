@@ -1,4 +1,4 @@
-"""Values as text for the page: JSON that cannot end its own block, and columns of tokens in a byte each."""
+"""Encodes values for the page: JSON that cannot end its script block, and per-token columns with one byte per token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 """The digits 0 to 63."""
 CARRY = len(ALPHABET) - 1
 FINENESS = 16
-"""A surprise of x nats is the digit `16 √x`: fine where tokens are likely, up to 15.5 nats."""
+"""A surprise of x nats becomes the digit `16 √x`: fine resolution for likely tokens, a maximum of 15.5 nats."""
 
 PageJson = dict[str, Any]
 """An object of the page's data."""
@@ -21,21 +21,21 @@ DIGITS = 5
 
 
 def as_json(value: Any) -> str:
-    """Compact JSON for a block of a page: `<` is written `\\u003c`, so that no text can end the block or begin another.
+    """Compact JSON for a script block: `<` becomes `\\u003c`, so that no text can end the block or begin another one.
 
-    Lone surrogates, which no file can hold, become `?`. Raises ValueError for NaN and infinity.
+    Lone surrogates become `?`, because UTF-8 cannot encode them. Raises ValueError for NaN and infinity.
     """
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=str)
     return text.replace("<", "\\u003c").encode(errors="replace").decode()
 
 
 def size_of(value: Any) -> int:
-    """The bytes that a value takes in the page."""
+    """Number of bytes of a value in the page."""
     return len(as_json(value).encode())
 
 
 def number(value: float | None) -> float | None:
-    """A value as the page has it: rounded, whole where it is whole; None for what JSON has no word for."""
+    """A value for the page: rounded to `DIGITS` digits, an int if it is whole; None for NaN, infinity and None."""
     if value is None or not math.isfinite(value):
         return None
     rounded = float(f"{value:.{DIGITS}g}")
@@ -43,13 +43,14 @@ def number(value: float | None) -> float | None:
 
 
 def counts(numbers: Iterable[int]) -> str:
-    """Counts as digits: each as many times 63 as there are `_`, plus the digit that follows."""
+    """Counts as digits: each count is a number of `_`, worth 63 each, plus one digit."""
     return "".join("_" * (number // CARRY) + ALPHABET[number % CARRY] for number in numbers)
 
 
 def surprises(logprobs: Iterable[float], trained: Iterable[bool]) -> str:
-    """The surprise -log p of each token as a digit; 0 for tokens that nobody sampled."""
-    return "".join(ALPHABET[_level(-value) if own else 0] for value, own in zip(logprobs, trained, strict=True))
+    """The surprise -log p of each token as a digit; 0 for tokens that the policy did not sample."""
+    pairs = zip(logprobs, trained, strict=True)
+    return "".join(ALPHABET[_level(-value) if is_sampled else 0] for value, is_sampled in pairs)
 
 
 def _level(nats: float) -> int:
@@ -57,13 +58,13 @@ def _level(nats: float) -> int:
 
 
 def spans_of(trained: Sequence[bool]) -> list[int]:
-    """How many tokens are trained, then how many are not, then how many are, …"""
+    """Run lengths of the mask: number of trained tokens, then of untrained tokens, then of trained tokens, …"""
     lengths = [len(list(members)) for _, members in groupby(trained)]
     return lengths if not trained or trained[0] else [0, *lengths]
 
 
 def shortened(text: str, most: int) -> str:
-    """The text, or its beginning and its end where it is longer than so many characters."""
+    """The text; if it has more than `most` characters, its beginning and its end."""
     if len(text) <= most:
         return text
     half = most // 2

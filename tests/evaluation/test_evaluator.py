@@ -220,7 +220,7 @@ def test_a_model_and_an_adapter_without_a_recipe(recipe, run_cli, toy_folder) ->
         (["eval", "runs/toy"], "there is no evaluation data"),
         (["eval", toy_folder, *options, "--adapter", "."], "not an adapter of mlx-lm or PEFT"),
         (["eval", toy_folder, *options, "--checkpoint", "best"], "--checkpoint requires a run"),
-        (["eval", "runs/toy", *options, "--checkpoint", "7"], "there is 2"),
+        (["eval", "runs/toy", *options, "--checkpoint", "7"], "existing checkpoints: 2"),
     ):
         refused = run_cli(*args)
         assert (refused.code, len(refused.err.splitlines())) == (2, 1)

@@ -10,30 +10,39 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # isort: split
 
+import cores  # before any thread starts
+
+# isort: split
+
 import grpo  # noqa: F401  before mlx, so that the BLAS is in place
 
 # isort: split
 
+import functools
 import gc
 import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+import typer.main
 from hub.layouts import gsm8k, sharded_model
 from hub.server import Hub
-from measuring import entering_once, once
+from measuring import checked_once, entering_once, once
+from thinning import thin
 
 from grpo.backend.device import setup
 from grpo.builtin import models
 from grpo.builtin.student import Student, make
 from grpo.cli import main
 from grpo.config import AdapterConfig, ModelConfig
+from grpo.door import opening
 from grpo.generation.generator import Generator
 from grpo.model.adapters import Adapters
 from grpo.model.load import load
@@ -80,6 +89,22 @@ def measured_once(
     for measure in ("measure_footprint", "rehearsed"):
         monkeypatch.setattr(planner, measure, once(getattr(planner, measure), found_by_planners))
     monkeypatch.setattr(planner.Planner, "_entering", entering_once(found_by_planners))
+    monkeypatch.setattr(opening, "check_parity", checked_once(found_by_planners))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _commands_made_once() -> Iterator[None]:
+    """Typer reads the signatures of all commands anew for each call of its app: a sixth of a toy run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cores_to_measure_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What is held at once depends on how far one thread is ahead of another: tests of peaks have all cores."""
+    with cores.all_of_them() if "peak" in request.path.read_text() else nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -90,15 +115,23 @@ def _no_power_fails() -> Iterator[None]:
         yield
 
 
+def pytest_configure() -> None:
+    """Let the collector not run while tests are imported and collected: none of it is garbage."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """Let the collector leave alone what was imported: every run collects, which took longer than its steps."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 
 
+@pytest.hookimpl(tryfirst=True)  # before slow tests are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest test first: several cores then end together. Then the tests of settings, whose runs one process
     makes once; at the end several processes would share these tests and make the same runs."""
+    thin(items)
     first = "test_a_short_quickstart_learns", "test_settings_matter.py"
     items.sort(key=lambda item: next((place for place, name in enumerate(first) if name in item.nodeid), len(first)))
 

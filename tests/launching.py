@@ -10,6 +10,8 @@ import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import cores
+
 TESTS = Path(__file__).parent
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
 
@@ -31,23 +33,13 @@ def launch(n: int, *command: object, timeout: float = 120, **environment: str) -
     paths = os.pathsep.join([str(TESTS / "training"), str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     passed = {"PYTHONPATH": paths, "MKL_NUM_THREADS": "1", **environment}
     settings = [argument for name, value in passed.items() for argument in ("--env", f"{name}={value}")]
-    return subprocess.run(
-        [
-            LAUNCH,
-            "-n",
-            str(n),
-            "--backend",
-            "ring",
-            "--starting-port",
-            str(free_ports(n)),
-            *settings,
-            "--",
-            sys.executable,
-            *map(str, command),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=timeout,
-        env={**os.environ, "PYTHONPATH": paths},
-    )
+    backend = ["--backend", "ring", "--starting-port", str(free_ports(n))]
+    with cores.all_of_them():  # a process that waits for another does so by asking again and again
+        return subprocess.run(
+            [LAUNCH, "-n", str(n), *backend, *settings, "--", sys.executable, *map(str, command)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout,
+            env={**os.environ, "PYTHONPATH": paths},
+        )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlx.utils import tree_flatten
 
 from grpo.model.policy import Policy
+from grpo.planning.parity import check_parity
 from grpo.planning.planner import Planner
+from grpo.rollout import RolloutEngine
+from grpo.types import Task
 
 
 def entering_once(found: dict[Any, Any]) -> Callable[..., Any]:
@@ -36,6 +39,21 @@ def once(measure: Callable[..., Any], found: dict[Any, Any]) -> Callable[..., An
         return found[key]
 
     return measured
+
+
+def checked_once(found: dict[Any, Any]) -> Callable[..., Any]:
+    """`check_parity`, unless decoding agreed with training for a policy of the same kind and the same prompts."""
+
+    def checked(policy: Policy, engine: RolloutEngine, tasks: Sequence[Task], seed: int, *packing: Any) -> Any:
+        generator = engine.generator
+        prompts = tuple(tuple(task.prompt_ids) for task in tasks)
+        way = type(generator.decoding), generator.decoding.description, generator.kv_bits, generator.slots
+        key = (check_parity, kind_of(policy), way, policy.temperature, prompts, seed, repr(packing))
+        if key not in found:
+            found[key] = check_parity(policy, engine, tasks, seed, *packing)
+        return found[key]
+
+    return checked
 
 
 def kind_of(policy: Policy) -> tuple[Any, ...]:

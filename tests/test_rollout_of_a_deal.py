@@ -47,6 +47,7 @@ def by_number(engine: RolloutEngine, tasks, hands: list[Hand], draws) -> list[Gr
     return [found[number] for number in range(len(tasks))]
 
 
+@pytest.mark.quick_cases("True-3")
 @pytest.mark.parametrize(("turns", "late"), [(False, 0), (True, 3)])
 def test_who_takes_which_task_changes_nothing(make_policy, turns: bool, late: int) -> None:
     toy = make_policy(slots=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -49,13 +50,18 @@ def test_a_key_has_its_type_and_its_default(key: str, type_: str, default: str |
     assert (found.type, found.default) == (type_, default)
 
 
+@cache
+def editor() -> Draft202012Validator:
+    Draft202012Validator.check_schema(json_schema())
+    return Draft202012Validator(json_schema())
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_an_editor_finds_no_fault_with_a_shipped_recipe(path: Path) -> None:
     recipe = yaml.safe_load(path.read_text())
-    Draft202012Validator.check_schema(json_schema())
-    assert [error.message for error in Draft202012Validator(json_schema()).iter_errors(recipe)] == []
+    assert [error.message for error in editor().iter_errors(recipe)] == []
     recipe["rollout"]["num_generation"] = 1
-    (error,) = Draft202012Validator(json_schema()).iter_errors(recipe)
+    (error,) = editor().iter_errors(recipe)
     assert "num_generation" in error.message
 
 

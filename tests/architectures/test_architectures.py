@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import mlx.core as mx
@@ -23,17 +23,19 @@ from grpo.tools.export import export
 
 Measure = Callable[[str, int | None], Measured]
 EVERY = pytest.mark.parametrize("name", SMALL)
-DENSE, EXPERTS = "Qwen3", "Mixtral"
+DENSE, EXPERTS, RECURRENT = "Qwen3", "Mixtral", "Qwen3-Next"
 SLOW = pytest.mark.slow
-EVERY_BITS = pytest.mark.parametrize(
-    ("name", "bits"),
-    [
-        pytest.param(name, bits, marks=SLOW if bits == 3 and name not in (DENSE, EXPERTS) else ())
-        for name in SMALL
-        for bits in (None, 4, 3)
-    ],
-)
-"""Three bits of all architectures are the slow tests'."""
+QUICK: dict[int | None, Collection[str]] = {None: SMALL, 4: (DENSE, EXPERTS, RECURRENT), 3: (DENSE, EXPERTS)}
+"""Weights of 4 and 3 bits of all architectures are the slow tests'."""
+
+
+def every_with(*bits: int | None) -> pytest.MarkDecorator:
+    """Every architecture with its weights in so many bits a number."""
+    cases = [pytest.param(name, each, marks=() if name in QUICK[each] else SLOW) for name in SMALL for each in bits]
+    return pytest.mark.parametrize(("name", "bits"), cases)
+
+
+EVERY_BITS = every_with(None, 4, 3)
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +82,7 @@ def test_a_step_moves_every_layer_of_the_adapter_and_the_reference_stays(measure
     assert model.reference_gap == 0
 
 
-@EVERY
-@pytest.mark.parametrize("bits", [None, 4])
+@every_with(None, 4)
 def test_the_gradient_is_the_same_whichever_way(measured: Measure, name: str, bits: int | None) -> None:
     """With prompts once for their group, with layers computed again, and row by row: to rounding."""
     model = measured(name, bits)
@@ -166,11 +167,15 @@ def test_gradients_are_taken_without_kernels_that_have_none(measured: Measure, m
     assert not any(asked[sampled:])
 
 
-@pytest.mark.parametrize("three", [4, pytest.param(3, marks=SLOW)])
-def test_the_readme_s_table_is_what_was_measured(measured: Measure, three: int) -> None:
-    """The column of three bits is measured by the slow tests alone; the others expect there what four bits have."""
-    takes = {None: None, 4: 4, 3: three}
-    found = table({(name, bits): measured(name, takes[bits]) for name in SMALL for bits in takes})
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=SLOW)])
+def test_the_readme_s_table_is_what_was_measured(measured: Measure, whole: bool) -> None:
+    """The columns of 4 and 3 bits are measured as a whole by the slow tests; the others expect there, of most
+    architectures, what their own weights have."""
+
+    def taken(name: str, bits: int | None) -> Measured:
+        return measured(name, bits if whole or name in QUICK[bits] else None)
+
+    found = table({(name, bits): taken(name, bits) for name in SMALL for bits in QUICK})
     if os.environ.get("WRITE_TABLE"):
         write_table(found)
     assert written() == found

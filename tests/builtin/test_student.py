@@ -19,6 +19,7 @@ def made(settings: Student, folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.quick_cases("builtin:arithmetic", "builtin:guess")
 @pytest.mark.parametrize("task", TASKS)
 def test_a_student_is_of_its_task_and_made_the_same_again(task: str, tmp_path: Path) -> None:
     first = made(Student(task=task, steps=2, warmup=1), tmp_path / "a")

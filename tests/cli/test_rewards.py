@@ -183,6 +183,7 @@ MODES = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_with_rewards_that_misbehave_in_every_way_goes_to_its_end(run_cli, recipe) -> None:
     text = recipe.read_text()
     began = time.monotonic()

@@ -74,6 +74,7 @@ def test_rows_keep_their_order_without_shuffle(source: object) -> None:
     assert indices(stream(config(source, shuffle=False)).take(2 * ROWS)) == [*range(ROWS)] * 2
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("taken", [1, 10, 17, 25, 60])
 def test_a_stream_goes_on_from_a_state_to_the_row(source: object, taken: int) -> None:
     cfg = config(source, window=10)

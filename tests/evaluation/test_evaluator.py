@@ -220,7 +220,7 @@ def test_a_model_and_an_adapter_without_a_recipe(recipe, run_cli, toy_folder) ->
         (["eval", "runs/toy"], "there is no evaluation data"),
         (["eval", toy_folder, *options, "--adapter", "."], "not an adapter of mlx-lm or PEFT"),
         (["eval", toy_folder, *options, "--checkpoint", "best"], "--checkpoint requires a run"),
-        (["eval", "runs/toy", *options, "--checkpoint", "7"], "there is 2"),
+        (["eval", "runs/toy", *options, "--checkpoint", "7"], "existing checkpoints: 2"),
     ):
         refused = run_cli(*args)
         assert (refused.code, len(refused.err.splitlines())) == (2, 1)
@@ -247,6 +247,7 @@ def test_a_reward_that_a_run_has_already_grades_with_its_own_settings(recipe, ru
     assert "5.000  (5.000 to 5.000)" in other.out
 
 
+@pytest.mark.quick_cases("kind0")
 @pytest.mark.parametrize("kind", [["type=dora", "layers=[1,2]"], ["type=full", "layers=[0,1]"], ["type=full"]])
 def test_an_adapter_of_any_kind_is_measured_without_its_recipe(recipe, run_cli, toy_folder, kind: list[str]) -> None:
     ran = run_cli("train", recipe, "optim.learning_rate=0.05", *(f"adapter.{one}" for one in kind))

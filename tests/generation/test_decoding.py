@@ -122,6 +122,7 @@ def worst_gap(model, generator, slots: int) -> float:
     return worst
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("name", LLAMA_LIKE)
 @pytest.mark.parametrize("slots", [9, 2])
 def test_llama_like_models_are_decoded_from_joined_layers(name: str, slots: int) -> None:
@@ -130,6 +131,7 @@ def test_llama_like_models_are_decoded_from_joined_layers(name: str, slots: int)
     assert worst_gap(LLAMA_LIKE[name], generator, slots) < 1e-4
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("slots", [9, 2])
 def test_other_models_with_plain_caches_share_prompts_too(name: str, slots: int) -> None:
@@ -138,6 +140,7 @@ def test_other_models_with_plain_caches_share_prompts_too(name: str, slots: int)
     assert worst_gap(OTHERS[name], generator, slots) < 1e-4
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("name", FOREIGN)
 @pytest.mark.parametrize("slots", [9, 2])
 def test_models_with_other_caches_go_through_mlx_lm_s(name: str, slots: int) -> None:
@@ -224,6 +227,7 @@ def test_the_original_attention_is_back_after_a_step() -> None:
     assert olmo2.scaled_dot_product_attention is base.scaled_dot_product_attention
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("decoder", [BlockDecoder, ModelDecoder])
 @pytest.mark.parametrize("attention", [StockAttention, FusedRowAttention])
 @pytest.mark.parametrize("slots", [4, 1])

@@ -26,6 +26,7 @@ def epochs(generator: Generator, sampling: Sampling, count: int = 3) -> list[obj
     return [generator.generate(REQUESTS, sampling, mx.random.key(epoch)) for epoch in range(count)]
 
 
+@pytest.mark.each_value
 @to_the_bit
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("width", [2, 4, 8])

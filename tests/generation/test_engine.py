@@ -35,6 +35,7 @@ def alone(generator, submissions) -> list:
     return found
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("slots", [2, 6])
 def test_neither_order_nor_lateness_nor_neighbors_change_a_row(way: str, slots: int) -> None:
     generator = generator_of(way, slots)
@@ -56,6 +57,7 @@ def test_neither_order_nor_lateness_nor_neighbors_change_a_row(way: str, slots: 
         assert [sampled(rows[number]) for number in range(3)] == expected
 
 
+@pytest.mark.quick_cases("joined layers", "overlapping steps", "both in a layer")
 def test_rows_go_on_when_buffers_grow_after_many_rows(way: str) -> None:
     generator = generator_of(way, 2)
     generator.stop_ids = frozenset()
@@ -71,6 +73,7 @@ def test_rows_go_on_when_buffers_grow_after_many_rows(way: str) -> None:
     assert [sampled(row) for row in rows] == expected
 
 
+@pytest.mark.quick_cases("joined layers", "overlapping steps", "both in a layer")
 @pytest.mark.parametrize(("temperature", "added"), [(0.0, 1), (1.0, 70)])
 def test_an_extended_row_is_a_fresh_one_with_all_as_its_prompt(
     way: str, temperature: float, added: int, monkeypatch
@@ -100,6 +103,7 @@ def test_an_extended_row_is_a_fresh_one_with_all_as_its_prompt(
         assert len(row.logprobs) == len(row.token_ids) == len(row.trained)
 
 
+@pytest.mark.quick_cases("joined layers", "overlapping steps", "both in a layer")
 def test_hundreds_of_tokens_at_once(way: str, monkeypatch) -> None:
     monkeypatch.setattr(cuda, "available", lambda: False)  # see above
     generator = generator_of(way, 2)
@@ -112,6 +116,7 @@ def test_hundreds_of_tokens_at_once(way: str, monkeypatch) -> None:
     assert row.token_ids[row.injected[0].stop :] == other.token_ids
 
 
+@pytest.mark.quick_cases("joined layers", "overlapping steps", "both in a layer")
 def test_a_parked_row_loses_nothing(way: str) -> None:
     """Parked and let on again at odd moments, in its slot or in the queue, and others take its slot meanwhile."""
     generator = generator_of(way, 2)
@@ -138,6 +143,7 @@ def test_a_parked_row_loses_nothing(way: str) -> None:
     assert [sampled(rows[i : i + 2]) for i in (0, 2, 4)] == expected
 
 
+@pytest.mark.quick_cases("joined layers", "overlapping steps", "both in a layer")
 def test_what_is_dropped_for_want_of_memory_is_computed_again(way: str) -> None:
     generator = generator_of(way, 2)
 
@@ -167,6 +173,7 @@ def test_what_is_dropped_for_want_of_memory_is_computed_again(way: str) -> None:
         assert found == expected
 
 
+@pytest.mark.quick_cases("joined layers", "overlapping steps", "both in a layer")
 @exact_buffers
 def test_the_last_release_frees_all_buffers(way: str) -> None:
     generator = generator_of(way, 4)
@@ -187,6 +194,7 @@ def test_the_last_release_frees_all_buffers(way: str) -> None:
     assert sampled([again]) == sampled(rows[:1])
 
 
+@pytest.mark.quick_cases("joined layers", "overlapping steps", "both in a layer")
 def test_a_released_row_leaves_the_others_alone(way: str) -> None:
     generator = generator_of(way, 3)
     submission = asked(PROMPTS[0], n=5, sampling=Sampling(1.3, 30))

@@ -73,6 +73,7 @@ def held() -> int:
     return int(mx.get_active_memory())
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("error", [Failed, KeyboardInterrupt])
 @pytest.mark.parametrize(("name", "at"), [("logits", 5), ("admit", 1)])
 @pytest.mark.parametrize("way", [generated, streamed, driven])

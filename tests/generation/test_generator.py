@@ -31,6 +31,7 @@ def gaps(policy, prompts, groups) -> list[float]:
     ]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("slots", [64, 3, 1])
 def test_logprobs_agree_with_teacher_forcing(make_policy, temperature: float, slots: int) -> None:

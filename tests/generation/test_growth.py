@@ -89,6 +89,7 @@ def same(rows: Sequence[Row], others: Sequence[Row]) -> None:
             assert one.logprobs == other.logprobs
 
 
+@pytest.mark.quick_cases("joined layers-2", "overlapping steps-5")
 @pytest.mark.usefixtures("small_steps")
 @pytest.mark.parametrize(
     ("way", "slots_"), [("joined layers", 2), ("joined layers", 16), *((way, 5) for way in SHARED)]

@@ -55,6 +55,7 @@ def unmerged(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Generator:
         return Generator(model, NoText(), 4)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "up_proj"), ("down_proj",)])
 def test_what_is_decoded_is_what_the_update_computes(name: str, targets: tuple[str, ...] | str, monkeypatch) -> None:

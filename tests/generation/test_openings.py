@@ -11,6 +11,7 @@ from grpo.generation.sampling import Sampling
 OPENINGS = [(), (30, 31, 32), (33,)]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("prompt", [(12,), LONG])
 def test_a_row_is_a_fresh_one_with_all_of_its_prompt(way: str, prompt: tuple[int, ...], monkeypatch) -> None:

@@ -79,6 +79,7 @@ def rounded(array: mx.array, bits: int) -> mx.array:
     return mx.clip(mx.round((array - bias) / scale), 0, 2**bits - 1) * scale + bias
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("blocks", [True, False])
 @pytest.mark.parametrize("width", [32, 64])
@@ -93,6 +94,7 @@ def test_it_decodes_as_with_rounded_numbers(bits: int, blocks: bool, width: int,
     assert gap.max().item() < 2e-3  # where a number lies between two integers, sums of another order round it otherwise
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(("bits", "least", "most"), [(8, 1e-4, 5e-3), (4, 5e-3, 8e-2)])
 @pytest.mark.parametrize("width", [16, 32, 64, 80])
 def test_the_gap_is_what_so_many_bits_explain(bits: int, least: float, most: float, width: int) -> None:
@@ -128,6 +130,7 @@ def small_steps(monkeypatch) -> None:
     monkeypatch.setattr(growth, "STEP", 8)
 
 
+@pytest.mark.quick_cases("16")
 @pytest.mark.usefixtures("small_steps")
 @pytest.mark.parametrize("width", [16, 32])
 def test_slots_and_neighbors_change_no_bit(width: int) -> None:

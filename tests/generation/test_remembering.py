@@ -51,6 +51,7 @@ def known_of(row: Row) -> Computed:
     return row.computed
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("stops", [True, False], ids=["stopped", "at its limit"])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_prompt_goes_on_from_what_is_known_with_the_same_tokens(

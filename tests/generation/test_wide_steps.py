@@ -138,6 +138,7 @@ def test_drafts_change_nothing(way: str, how: str, most: int) -> None:
         assert len(drafter.turns) == 6
 
 
+@pytest.mark.quick_cases("joined layers")
 @pytest.mark.parametrize("way", SHARED)
 def test_rows_of_several_ways_to_sample_are_drafted_together(way: str) -> None:
     generator = generator_of(way, 5)
@@ -158,6 +159,7 @@ def test_rows_of_several_ways_to_sample_are_drafted_together(way: str) -> None:
         both(generator, submissions, kind, [4, 8, 8, 1], plain)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("way", SHARED)
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_few_rows_are_the_same_to_the_bit(way: str, count: int) -> None:
@@ -186,6 +188,7 @@ def test_a_step_is_as_wide_as_its_drafts() -> None:
     assert {width for width, _ in drafter.steps} == {1, 2}
 
 
+@pytest.mark.quick_cases("joined layers", "overlapping steps")
 @pytest.mark.parametrize("way", SHARED)
 def test_turns_go_on_after_drafts(way: str) -> None:
     """Rows that end in the midst of a draft are kept and extended; others are parked and released meanwhile."""
@@ -228,6 +231,7 @@ def test_turns_go_on_after_drafts(way: str) -> None:
             assert cut[i].token_ids == plain[i].token_ids[: len(cut[i].token_ids)]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("way", ["joined layers", "the model's layers"])
 @pytest.mark.parametrize(("heads", "shared"), [(4, 1), (4, 2), (4, 4)])
 def test_neither_width_nor_neighbors_nor_columns_change_a_bit(way: str, heads: int, shared: int) -> None:

@@ -63,6 +63,7 @@ def gradient(policy: Policy, logprobs: Any) -> dict[str, mx.array]:
     return {"logprobs": found, **dict(tree_flatten(tree))}
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("kind", ["tied", "moe", "gemma3_text"])
 @pytest.mark.parametrize("way", ["plain", "shared", "checkpointed", "lines"])
 def test_a_policy_s_gradient_is_that_of_mlx_lm_s_attention(kind: str, way: str, monkeypatch) -> None:

@@ -48,6 +48,7 @@ def test_memory_grows_with_the_tokens_at_most(backward: bool) -> None:
     assert long < HEADS * 1024**2 * 4 / 2  # bytes of all scores: 8 MB
 
 
+@pytest.mark.quick_cases("2")
 @pytest.mark.parametrize("prompts", [1, 2])
 def test_a_prompt_is_not_repeated_for_its_rows(prompts: int) -> None:
     rows, before = 32, 2048

@@ -31,6 +31,7 @@ def stored(folder: Path, kind: str, dtype: mx.Dtype) -> Path:
     return folder
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("kind", ["untied", "moe"])
 @pytest.mark.parametrize(
     ("source", "settings"),

@@ -42,6 +42,7 @@ def stored(folder: Path, kind: str, name: str | None = None) -> Path:
     return folder
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("kind", ["tied", "untied", "moe"])
@@ -67,6 +68,7 @@ def test_heads_are_widened(tmp_path, kind: str) -> None:
     assert wide_head(model) is not None
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("kind", "adapter"), [("tied", "lora"), ("tied", "dora"), ("moe", "lora")])
 def test_an_adapter_trains_decodes_and_merges(tmp_path, name: str, kind: str, adapter: str) -> None:

@@ -84,6 +84,7 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     return seen
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("shares", [True, False], ids=["shared prompts", "whole sequences"])
 @pytest.mark.parametrize(
     ("name", "kind", "drop"),

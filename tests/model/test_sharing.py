@@ -46,6 +46,7 @@ def difference(one: dict[str, mx.array], other: dict[str, mx.array]) -> float:
     return max(mx.abs(one[path] - other[path]).max().item() for path in one) / largest
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("kind", ["dense", "tied", "untied", "moe", "quantised", "gemma3_text", "cohere", "granite"])
 @pytest.mark.parametrize("checkpointing", [False, True, 1])
 def test_shared_prompts_give_the_plain_ways_loss_and_gradient(zoo, kind: str, checkpointing: bool | int) -> None:

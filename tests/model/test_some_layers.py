@@ -34,6 +34,7 @@ def gradient(policy: Policy, logprobs: Callable[[Policy], mx.array]) -> dict[str
     return found
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("layers", [1, 2, 9])
 @pytest.mark.parametrize("logprobs", [rows_logprobs, lines_logprobs])
 def test_the_gradient_is_the_same(policy: Policy, layers: int, logprobs: Callable[[Policy], mx.array]) -> None:

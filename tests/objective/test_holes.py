@@ -99,6 +99,7 @@ def test_every_loss_is_the_oracles(name: str) -> None:
         assert metrics["tokens"] == TRAINED.sum() == 13
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("garbage", GARBAGE)
 def test_what_untrained_tokens_hold_changes_nothing(name: str, garbage: float) -> None:

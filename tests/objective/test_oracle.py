@@ -122,6 +122,7 @@ def in_turn(surrogate: str, whole: bool) -> Iterator[tuple[float, dict, dict, di
             yield spread, bound, penalty, correction
 
 
+@pytest.mark.quick_cases("grpo", "gspo", "gspo_token", "cispo", "sapo", "vespo", "gmpo", "dppo", "reinforce++")
 @pytest.mark.parametrize("name", PRESETS)
 def test_loss_and_gradient(name: str) -> None:
     """Masks and splits by turns; the whole product is the slow test's, where it is large."""

@@ -20,6 +20,7 @@ MIXES = [(0, 4), (1, 2, 5), (0, 1, 2, 3, 4, 5)]
 WITH_RATIO = [name for name in PRESETS if PRESETS[name].surrogate != "reinforce"]
 
 
+@pytest.mark.quick_cases("grpo", "gspo", "gspo_token", "cispo", "sapo", "vespo", "gmpo", "dppo")
 @pytest.mark.parametrize("name", WITH_RATIO)
 def test_loss_and_gradient_of_mixed_rows(name: str) -> None:
     """A stale row's ratios are to `behaviour`, in a first pass (no anchor) as in later ones (whatever the anchor)."""

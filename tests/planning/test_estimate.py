@@ -78,6 +78,7 @@ def test_every_recipes_model_is_known() -> None:
     assert {cfg.model.name for cfg in recipes} | graders == set(CONFIGS)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("kind", "off"), [("tied", 0.25), ("moe", 0.35)])
 def test_a_reckoned_footprint_is_near_the_measured_one(kind: str, checkpointing: bool, off: float) -> None:

@@ -173,6 +173,7 @@ def test_a_wrong_update_is_refused_as_well(zoo, monkeypatch) -> None:
         check_parity(policy, engine, TASKS, 0)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
 def test_the_policy_is_what_it_was_whatever_happens(zoo, monkeypatch, kind: str, fails: bool) -> None:

@@ -76,6 +76,7 @@ def peak_of_an_update(policy: Policy, cfg, prompt: int = PROMPT, updates: int = 
     return mx.get_peak_memory() - resting
 
 
+@pytest.mark.quick_cases("optim3", "optim7")
 @pytest.mark.parametrize(
     ("kind", "adapter", "optim"),
     [

@@ -39,6 +39,7 @@ def servers() -> int:
     return sum(thread.name == "agents' server" for thread in threading.enumerate())
 
 
+@pytest.mark.quick_cases("agent")
 @pytest.mark.parametrize("how", ["agent", "command"])
 def test_stopped_and_resumed_is_never_stopped(asking: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:  # noqa: F811
     """To the bit, with agents that draw random numbers, in two processes or in one for each rollout."""

@@ -21,6 +21,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.quick_cases("rollout.speculate", "log.completions")
 @pytest.mark.skipif(mx.default_device() != mx.cpu, reason="a GPU rounds wide products otherwise")
 @pytest.mark.parametrize("setting", OTHERS)
 def test_a_run_that_is_resumed_with_another_one_ends_in_the_same_weights(recipe: Path, setting: str) -> None:

@@ -84,6 +84,7 @@ def test_when_a_file_is_not_needed() -> None:
     assert gone_rates(pooled, stream) == gone_rates(chosen, learnt) == gone_rates(there, learnt) == []
 
 
+@pytest.mark.slow
 def test_the_file_of_one_of_several_sources_may_go_too(rated) -> None:
     text = rated.read_text().replace(
         'data: {source: train.jsonl, prompt: "{question}"}',

@@ -231,6 +231,7 @@ def test_a_run_without_evaluations_says_that_its_reward_fell(recipe, run_cli) ->
     )
 
 
+@pytest.mark.slow
 def test_so_does_one_that_broke_at_once(recipe, run_cli) -> None:
     Path("digits.py").write_text(
         "def reward(completions, trainer_state, **_):\n"

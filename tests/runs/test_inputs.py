@@ -134,6 +134,7 @@ def test_a_checkpoint_of_a_run_that_asked_for_no_reference_has_the_adapter_that_
     assert [step for step, kl in told.items() if kl > 0] == [3]
 
 
+@pytest.mark.slow
 def test_an_adapter_in_pefts_format_goes_with_its_run_too(recipe, run_cli) -> None:
     run(recipe, "output_dir=first")
     export(Path("first"), "peft", Path("theirs"))

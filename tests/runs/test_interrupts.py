@@ -97,6 +97,7 @@ def stopped_after_one_step(ran) -> None:
     assert "ignored" not in ran.err
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("calls", ["step", "completion"])
 @pytest.mark.parametrize("function", ["plain", "swallowing", "converting", "unraisable", "asynchronous", "forgiving"])
 def test_in_an_inline_reward(run_cli, recipe, function: str, calls: str) -> None:

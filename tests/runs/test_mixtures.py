@@ -132,6 +132,7 @@ def test_a_source_without_a_task_in_a_step_has_a_share_of_nothing(mixed: Path) -
     assert not any(name.startswith(f"rewards/{unasked}/m") for name in metrics.values)
 
 
+@pytest.mark.quick_cases("pools", "streamed")
 @pytest.mark.parametrize(
     "settings",
     [

@@ -26,6 +26,7 @@ def optimizer_of(folder: str, step: int) -> dict[str, mx.array]:
     return mx.load(str(Path(folder) / f"checkpoints/step-{step:06d}/optimizer.safetensors"))
 
 
+@pytest.mark.quick_cases("settings0")
 @pytest.mark.parametrize("settings", [FULL, (*FULL, "model.dtype=bfloat16"), (*LORA, "adapter.type=dora")])
 def test_a_resumed_run_ends_in_the_same_bits(recipe, settings, monkeypatch) -> None:
     monkeypatch.setattr(optimizer, "GROUP", 2**13)  # arrays move in parts

@@ -87,6 +87,7 @@ def interrupt_in(step: int, where: str):
     return change
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("where", ["rollout", "update"])
 @pytest.mark.parametrize("at", [1, 4])
 def test_stopped_in_a_step_and_resumed_is_never_stopped(beside, where: str, at: int) -> None:
@@ -98,6 +99,7 @@ def test_stopped_in_a_step_and_resumed_is_never_stopped(beside, where: str, at: 
     same_end(Path("whole"), Path("parts"))
 
 
+@pytest.mark.quick_cases("full")
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -123,6 +125,7 @@ def test_whatever_trains_is_resumed(six, overrides: list[str]) -> None:
     same_end(Path("whole"), Path("parts"))
 
 
+@pytest.mark.slow
 def test_a_saved_adapter_is_gone_on_from_and_resumed(six) -> None:
     start = run(six, "output_dir=first", "optim.steps=2", "optim.warmup_steps=0").checkpoint
     overrides = [f"adapter.path={start}", "adapter.sync_reference_every=2", "adapter.ref_model_mixup_alpha=0.5"]
@@ -235,6 +238,7 @@ def test_a_finished_run_has_nothing_left_to_do(beside, ended) -> None:
     assert {path: path.read_bytes() for path in Path("whole").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.quick_cases("2")
 @pytest.mark.parametrize("at", [2, 6])
 def test_a_stop_in_an_evaluation_leaves_the_evaluation_to_do(beside, at: int) -> None:
 

@@ -80,6 +80,7 @@ TWO = "environments: {a: {use: rooms.py:Scoring, workers: 1}, b: {use: rooms.py:
 ALSO_WEIGHTLESS = "rewards: [{use: exact_match, weight: 0}]\n"
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("more", ["", ALSO_WEIGHTLESS])
 @pytest.mark.parametrize(
     ("name", "why"),

@@ -136,6 +136,7 @@ def test_settings_that_do_nothing_together(recipe: Path, overrides: tuple[str, .
     load_recipe(recipe, ["teacher={adapter: a, kl: exact}", "loss.type=gspo", ALONE])
 
 
+@pytest.mark.quick_cases("sampled")
 @pytest.mark.parametrize("kl", ["sampled", "top_k"])
 def test_a_resumed_run_is_the_run(taught: Path, run_cli, kl: str) -> None:
     """By command, without rewards and with dropout and two minibatches: to the bit; another adapter in the teacher's

@@ -63,6 +63,7 @@ def test_another_teacher_in_its_place_is_taken_by_leave_alone(recipe: Path, run:
     assert kept.read_bytes() == Path("teacher", WEIGHTS).read_bytes()
 
 
+@pytest.mark.slow
 def test_an_evaluation_needs_no_teacher(recipe: Path, run: Path, run_cli) -> None:
     """Neither of a run, nor with an adapter of another shape than the teacher's, nor of a recipe."""
     shutil.rmtree("teacher")

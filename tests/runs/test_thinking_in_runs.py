@@ -40,6 +40,7 @@ def dropping(conversing: Path, toy_folder: Path, monkeypatch: pytest.MonkeyPatch
     return conversing
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_is_never_stopped(dropping: Path) -> None:
     """To the bit."""
     run(dropping, "output_dir=whole", *ARGUMENTS)

@@ -71,6 +71,7 @@ def what_to_write(recipe: Path, folder: Path) -> str:
     return f"adapter={{{section[1]}, path: {folder}}}"
 
 
+@pytest.mark.quick_cases("by_peft")
 @pytest.mark.parametrize("make", [by_mlx_lm, by_peft])
 def test_a_run_begins_where_others_ended_and_keeps_what_it_needs(
     recipe: Path, toy_folder: Path, tmp_path: Path, run_cli, make

@@ -158,6 +158,7 @@ def test_who_follows_sees_the_phase_that_a_run_is_in(toy, monkeypatch) -> None:
     assert told == [("evaluation", 5_000, 1_000_000, None)] * 2
 
 
+@pytest.mark.quick_cases("5-step-000003")
 @pytest.mark.parametrize(("step", "source"), [(1, "from the start"), (5, "step-000003")])
 def test_a_step_is_made_again_as_it_was(toy, step: int, source: str) -> None:
     made = replay(toy, step)

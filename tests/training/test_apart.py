@@ -146,6 +146,7 @@ def test_a_run_may_go_on_by_other_processes_and_with_more_steps(recipe: Path, mo
     assert [groups[0].lag for groups in stored(Path("runs/hotter"))] == [0, 1, 1]  # what waited was drawn otherwise
 
 
+@pytest.mark.quick_cases("loss.type=dppo", "loss.importance_sampling_correction=sequence_mask rollout.top_k=8")
 @pytest.mark.parametrize(
     "settings",
     [

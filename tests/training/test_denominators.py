@@ -56,6 +56,7 @@ def expected(made: list, averaging: str, fraction: float, parts: int) -> dict[tu
     return {(rows[n][2][0], t): each[n, t] for n, t in np.argwhere(each)}
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("normalize", AVERAGING)
 @pytest.mark.parametrize("fraction", [0.3, 0.999999, 1.0])
 def test_truncated_completions_stay_among_n(make_policy, normalize: str, fraction: float) -> None:

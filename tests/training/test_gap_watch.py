@@ -52,6 +52,7 @@ def test_a_nan_of_the_sampler_stops_a_run_and_is_passed_over_by_one_that_never_s
     watch(None).check(2, nan)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("odd", ["behaviour", "sampler"])
 @pytest.mark.parametrize("setting", ["loss.type=dapo", "loss.importance_sampling_correction=token_mask"])
 def test_a_step_whose_sampler_gave_a_nan_is_stopped(recipe, odd: str, setting: str) -> None:

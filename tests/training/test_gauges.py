@@ -60,6 +60,7 @@ def by_hand(policy, made: list) -> tuple[float, int]:
     return total, tokens
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(
     "settings", [{}, {"mask_truncated_completions": True}, {"top_entropy_quantile": 0.5}, {"type": "bnpo"}]
 )

@@ -109,6 +109,7 @@ def test_the_gradient_is_that_of_the_trained_tokens(make_policy) -> None:
     assert found.metrics["tokens"] == TOTALS.tokens
 
 
+@pytest.mark.quick_cases("grpo", "gspo", "gspo_token", "cispo", "sapo", "vespo", "gmpo", "dppo", "reinforce++")
 @pytest.mark.parametrize("kind", PRESETS)
 def test_what_untrained_tokens_hold_changes_nothing(make_policy, kind: str) -> None:
     """No bit of the gradient, and no metric, of two passes under a penalty, whatever the columns hold there."""

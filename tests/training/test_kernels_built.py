@@ -91,6 +91,7 @@ def traced(policy: Policy, batch: Batch, cfg: Any) -> set[str]:
     return operations(updater(policy, cfg).gradients._accumulate(tree, batch.arrays(), None))
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("stale", [False, True])
 @pytest.mark.parametrize("lines", [False, True])
 @pytest.mark.parametrize("kind", KERNELS)

@@ -71,6 +71,7 @@ LOSSES = [
 MADE = {"plain": groups, "holes": with_holes, "turns": lambda policy: with_turns(with_holes(policy))}
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(
     ("loss", "made"),
     [*((loss, "holes") for loss in LOSSES), *((loss, made) for loss in LOSSES[::3] for made in ("plain", "turns"))],

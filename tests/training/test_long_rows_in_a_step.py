@@ -44,6 +44,7 @@ def gradient(policy: Policy, cfg: Recipe, made: Sequence[Group], teacher: Teache
     return Updater(policy, cfg.optim, cfg.loss, teacher=teacher).gradient(batches)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("offloads", [False, True])
 @pytest.mark.parametrize("kl", [None, "sampled", "exact", "top_k"])
 def test_the_gradient_and_the_metrics_are_those_of_one_by_one(

@@ -95,6 +95,7 @@ def test_fresh_prompts_come_before_older_groups(recipe) -> None:
     assert metrics.values["num_prompts"] == 5
 
 
+@pytest.mark.quick_cases("loss.beta=0.1 loss.top_entropy_quantile=0.5", "loss.type=dppo")
 @pytest.mark.parametrize(
     "settings",
     [

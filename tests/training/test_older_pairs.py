@@ -45,6 +45,7 @@ def gap(batch: Batch, column: mx.array, other: mx.array, of: mx.array) -> float:
     return (mx.abs(column - other) * of).max().item()
 
 
+@pytest.mark.quick_cases("grpo", "gspo", "cispo", "sapo", "vespo", "gmpo", "dppo")
 @pytest.mark.parametrize("name", [name for name in PRESETS if PRESETS[name].surrogate != "reinforce"])
 def test_a_step_of_older_groups_alone_is_clipped_by_how_far_the_policy_has_moved(recipe, name: str) -> None:
     """Though it has one update, and so its own completions would have ratios of 1. (dppo's bounds are on probabilities,

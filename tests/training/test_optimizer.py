@@ -149,6 +149,7 @@ def quantised(source: Path, folder: Path, bits: int) -> Path:
     return folder
 
 
+@pytest.mark.quick_cases("dora-4-when loaded")
 @pytest.mark.parametrize(
     ("kind", "bits", "when"), [("lora", 4, "before"), ("dora", 4, "when loaded"), ("dora", 8, "before")]
 )

@@ -106,6 +106,7 @@ STATE_BYTES = {"adamw": 8, "adam": 8, "adamax": 8, "sgd": 4, "lion": 4, "adafact
 PACKED_ARGS = {"sgd": {"momentum": 0.9}, "adafactor": {"beta_1": 0.9}}
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("kept", ["float32", "int8"])
 @pytest.mark.parametrize("layers", [16, 4])  # of half a group each, or of two groups
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])

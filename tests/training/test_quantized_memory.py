@@ -33,6 +33,7 @@ def quantised(mode: str, **adapter) -> Policy:
     return Policy(model, adapters, 1.0)
 
 
+@pytest.mark.quick_cases("adapter0", "adapter1")
 @pytest.mark.parametrize(
     ("mode", "checkpointing", "adapter"),  # every pair of them
     [
@@ -58,6 +59,7 @@ def test_an_update_makes_no_float_copy_of_the_base(mode: str, checkpointing: boo
     assert mx.get_peak_memory() - before < LAYER + activations
 
 
+@pytest.mark.quick_cases("adapter0")
 @pytest.mark.parametrize("adapter", [{}, {"type": "dora"}])
 def test_decoding_makes_no_copy_of_the_base(adapter: dict) -> None:
     policy = quantised("affine", **adapter)

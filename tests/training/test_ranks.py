@@ -46,6 +46,7 @@ def flat(values: Any) -> Iterator[float]:
         yield values
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_loss_gradient_and_step_of_one(tmp_path) -> None:
     for n in (1, 2):
         (tmp_path / str(n)).mkdir()

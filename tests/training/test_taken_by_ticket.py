@@ -43,6 +43,7 @@ def taken(rank: int) -> list[list[int]]:
     return [json.loads(line) for line in Path(f"taken-{rank}").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_one_process_may_take_all_that_is_left(recipe: Path) -> None:
     ran = launch(2, "-c", TAKES, "train", recipe, *MORE, "output_dir=runs/two", GREEDY="1")
     assert "finished after step 2" in ran.stdout, ran.stdout + ran.stderr

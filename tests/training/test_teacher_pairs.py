@@ -79,6 +79,7 @@ def test_a_reference_and_a_teacher_of_one_base(kl: str) -> None:
     assert {REFERENCE, TEACHER} <= set(policy.adapters.names)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("kl", FORMS)
 @pytest.mark.parametrize("model", [False, True])
 def test_shared_prompts_change_nothing(kl: str, model: bool) -> None:
@@ -127,6 +128,7 @@ def test_a_second_pass_keeps_the_advantages_of_the_first() -> None:
     assert again.loss != pytest.approx(first.loss, abs=1e-3)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("kl", FORMS)
 @pytest.mark.parametrize("model", [False, True])
 def test_lanes_change_nothing(kl: str, model: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,6 +138,7 @@ def _divergence(mine: mx.array, theirs: mx.array, k: int | None) -> mx.array:
     return (mx.exp(merged[0]) * (merged[0] - merged[1])).sum(-1)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("model", [False, True])
 @pytest.mark.parametrize("kl", FORMS)
 @pytest.mark.parametrize("rewards", [True, False])

@@ -76,6 +76,7 @@ def difference(one: dict[str, mx.array], other: dict[str, mx.array]) -> float:
     return max(mx.abs(one[path] - other[path]).max().item() for path in one)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("kind", ["grpo", "dapo", "dr_grpo"])
 @pytest.mark.parametrize("beta", [0.0, 0.2])
 def test_the_gradient_does_not_depend_on_the_split(make_policy, kind: str, beta: float) -> None:

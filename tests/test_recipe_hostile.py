@@ -57,7 +57,10 @@ def merges(levels: int) -> str:
         ("seed: !!timestamp foo\n" + GOOD, "/mine.yaml:1: a recipe cannot contain !!timestamp"),
         ("seed: !!binary Zm9v\n" + GOOD, "a recipe cannot contain !!binary"),
         ("seed: !!set {a, b}\n" + GOOD, "a recipe cannot contain !!set"),
-        ("seed: !!python/object/apply:os.getcwd []\n" + GOOD, "a recipe cannot contain !!python/object/apply:os.getcwd"),
+        (
+            "seed: !!python/object/apply:os.getcwd []\n" + GOOD,
+            "a recipe cannot contain !!python/object/apply:os.getcwd",
+        ),
         (
             f"seed: {'7' * 6_000}\n" + GOOD,
             "/mine.yaml:1: '7777777777777777777777777777777777777777' is not of type int",

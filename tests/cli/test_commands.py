@@ -163,7 +163,7 @@ def test_what_is_named_in_the_wrong_place_is_called_what_it_is(run_cli, recipe, 
         (["train", recipe, "--resume-from", "runs/toy"], f"is a run; name a checkpoint of it, such as {newest}"),
         (["generate", toy_folder, "hi", "--adapter", "runs/toy"], f"is a run; name a checkpoint of it, such as {newest}"),
         (["generate", toy_folder, "hi", "--adapter", "nosuch"], "adapter nosuch: there is no such folder"),
-        ([*evaluate, "runs/toy"], f"name its checkpoint, such as {newest}"),
+        ([*evaluate, "runs/toy"], f"name a checkpoint of it, such as {newest}"),
         (["train", recipe, "--overwrite", "adapter.path=runs/toy"], "is a run; name a checkpoint of it, such as"),
     ):
         ran = run_cli(*args)

@@ -105,7 +105,7 @@ def check_format(folder: Path) -> None:
     if (folder / PEFT_PICKLE).is_file():
         why = f"{PEFT_PICKLE} is a pickle, which can run code; save it as safetensors (PEFT's default)"
     elif found := sorted(folder.glob(f"checkpoints/*/{WEIGHTS}")):
-        why = f"is a run; name a checkpoint of it, such as {found[-1].parent}"
+        why = f"is a run; name its checkpoint, such as {found[-1].parent}"
     else:
         what = f"not an adapter of mlx-lm or PEFT: the folder has neither {WEIGHTS} nor {PEFT_WEIGHTS}"
         why = what if folder.is_dir() else "there is no such folder"

@@ -12,6 +12,10 @@ from grpo.types import FAILURES, Group, StepMetrics
 
 COUNT = "steps_without_signal"
 SAMPLE_MORE = "more rollout.num_generations or a higher rollout.temperature make rewards differ more often"
+CONSTANT = (
+    "Either the reward does not read the completions, or it finds no difference between them: read some, and try the "
+    "reward on them (grpo rewards test, grpo rewards score)."
+)
 SOLVED = 0.9
 """If at least this fraction of groups is solved completely, equal rewards count as success."""
 
@@ -37,11 +41,22 @@ def equal_rewards(past: PastSteps, metrics: StepMetrics, _: AlarmTerms) -> Sign 
         return None
     if any(rollout.has_advantage for group in metrics.groups for rollout in group.rollouts):
         return None  # turns have advantages, or a penalty makes a difference
+    if (same := _same_reward(metrics)) is not None:
+        return Sign(f"every completion got the reward {same:.3g}, so nothing was learned", CONSTANT)
     return Sign(
         f"no group has different rewards (their mean is {values['reward']:.3g}), so nothing was learned",
         f"{mostly_cut(metrics.groups).strip()} If this continues, the prompts are too hard or too easy, or the reward "
         f"does not see the answers; {SAMPLE_MORE}.".strip(),
     )
+
+
+def _same_reward(metrics: StepMetrics) -> float | None:
+    """The reward that all completions of the step have. None for 0 and 1, because all may be wrong or right, and if most
+    completions were cut, which makes rewards equal, too."""
+    found = {rollout.reward for group in metrics.groups for rollout in group.rollouts}
+    cut = metrics.values.get("completions/clipped_ratio", 0.0) > 0.5 or mostly_cut(metrics.groups)
+    reward = found.pop() if len(found) == 1 and not cut else None
+    return None if reward in (0.0, 1.0) else reward
 
 
 def no_signal(past: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Sign | None:
@@ -57,6 +72,10 @@ def no_signal(past: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Sign 
     equal = past.mean("frac_reward_zero_std", steps)
     if equal is not None and equal < 1:
         return _nothing_counts(steps, weights, moved, terms)
+    if (same := _same_reward(metrics)) is not None:
+        return Sign(
+            f"{steps} steps in a row had no signal: every completion got the reward {same:.3g}, so {weights}", CONSTANT
+        )
     reward = past.mean("reward", steps)
     mean = "" if reward is None else f" (the mean reward is {reward:.3g})"
     return Sign(

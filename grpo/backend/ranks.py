@@ -276,10 +276,11 @@ class Ranks:
         if self.watch is not None:
             self.watch.hold()
 
-    def keeps(self, last_resort: Callable[[], None]) -> AbstractContextManager[None]:
+    def keeps(self, last_resort: Callable[[], str]) -> AbstractContextManager[None]:
         """A block that ends by its own means if another process is lost.
 
-        `last_resort` is called, in another thread, if the block is stuck in a computation that cannot be interrupted.
+        `last_resort` is called, in another thread, if the block is stuck in a computation that cannot be interrupted,
+        and returns a sentence about what is saved.
         """
         if self.watch is None:
             return nullcontext()

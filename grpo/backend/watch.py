@@ -63,13 +63,14 @@ class Lost(KeyboardInterrupt):
 class Watch:
     """The links of this process to its neighbors, and the thread that listens to them.
 
-    If the main thread does not return from a computation, `last_resort` is called before the process is ended.
+    If the main thread does not return from a computation, `last_resort` is called before the process is ended. It
+    returns a sentence for the last line of output, or nothing.
     """
 
     def __init__(self, rank: int, members: Sequence[Member], links: Sequence[Link], silence: float = SILENCE) -> None:
         self.rank, self.size, self.silence = rank, len(members), silence
         self.loss: LostRank | None = None
-        self.last_resort: Callable[[], None] = lambda: None
+        self.last_resort: Callable[[], str] = str
         self.failed = False
         """Whether this process ends with an error, which ends the others too."""
         self.counts = [0] * self.size
@@ -301,11 +302,12 @@ class Watch:
         if self._left or (self._seen and self._mode == "kept"):
             return
         assert self.loss is not None
+        text = self.loss.text
         if self.heir:
             with suppress(Exception):
-                self.last_resort()
+                text = ". ".join(filter(None, [text, self.last_resort()]))
         if self.heir or self.alone:
-            print(f"grpo: {self.loss.text}", file=sys.stderr, flush=True)
+            print(f"grpo: {text}", file=sys.stderr, flush=True)
         os._exit(1)
 
     def _called(self, number: int, frame: FrameType | None) -> None:

@@ -302,13 +302,17 @@ class Loop:
             restore_folder(self.folder, self.context.recipe, self.cfg)
             self._saved = save_checkpoint(there, state, self.context, self.cfg.checkpoint.keep)
 
-    def _last_resort(self) -> None:
-        """Save the last finished step while the main thread is stuck in the next one. Afterwards this process exits."""
-        if self.trainer.divided:
-            return
-        self.trainer.before.put_back(self.trainer.update.optimizer)
-        self._write()
-        self._note_end("failed")
+    def _last_resort(self) -> str:
+        """Save the last finished step while the main thread is stuck in the next one. Afterwards this process exits.
+
+        Returns a message about what is saved.
+        """
+        if not self.trainer.divided:
+            self.trainer.before.put_back(self.trainer.update.optimizer)
+            self._write()
+        saved = self._what_is_saved()
+        self._note_end("failed", f"another process was lost. {saved}")
+        return saved
 
     def _unsaved(self, error: OSError) -> str:
         why = error.strerror or error
@@ -325,10 +329,14 @@ class Loop:
                 self._save_last()
         except RunError as error:
             return str(error)
+        return self._what_is_saved()
+
+    def _what_is_saved(self) -> str:
         newest, _ = newest_whole(self.folder / CHECKPOINTS)
         if newest is None:
             return "No step is saved: start again with --resume or --overwrite"
-        return f"The run is saved in {newest}: continue with --resume, with any number of processes"
+        one = " (a single process needs model.shard=null)" if self.trainer.divided else ""
+        return f"The run is saved in {newest}: continue with --resume, with any number of processes{one}"
 
     def _lost(self) -> str:
         """The message for a step that failed in the middle of its updates, when the weights before it are gone."""

@@ -63,6 +63,23 @@ def test_equal_rewards_teach_where_turns_differ_or_penalties() -> None:
         assert len(of_first(metrics, WEIGHTS)) == lines
 
 
+@pytest.mark.parametrize(
+    ("reward", "clipped", "said"),
+    [
+        (0.5, 0.0, "every completion got the reward 0.5, so nothing was learned. Either the reward does not read"),
+        (0.0, 0.0, "no group has different rewards (their mean is 0)"),  # too hard, perhaps
+        (-1.0, 0.75, "no group has different rewards (their mean is -1)"),  # truncation is the cause
+    ],
+)
+def test_a_reward_that_is_the_same_for_all_is_told_from_prompts_that_are_too_hard(
+    reward: float, clipped: float, said: str
+) -> None:
+    answer = Rollout(Trajectory((5, 6), (True, True), {}, "", "stop"), reward=reward)
+    groups = (Group(Task(0, "", (1,), {}), (answer, answer)),) * 2
+    values = FINE | {"reward": reward, "frac_reward_zero_std": 1.0, "completions/clipped_ratio": clipped}
+    assert said in of_first(StepMetrics(1, values, groups), WEIGHTS)[-1]
+
+
 def test_tokens_of_an_environment_take_room_too() -> None:
     said = []
     for trained in ((True, True), (True, False)):

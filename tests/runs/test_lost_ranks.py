@@ -144,7 +144,7 @@ def test_a_first_process_that_still_holds_the_folder_is_left_to_save(recipe: Pat
 
 def test_where_a_step_is_stuck_another_thread_saves_the_one_before(recipe: Path) -> None:
     """As of a collective operation that does not come back: the arrays are halfway changed."""
-    ranks = Fellow(0)
+    ranks, told = Fellow(0), list[str]()
 
     def change(trainer: Any, _stop: object) -> None:
         trainer.ranks, sync = ranks, trainer.policy.adapters.sync_reference
@@ -152,7 +152,8 @@ def test_where_a_step_is_stuck_another_thread_saves_the_one_before(recipe: Path)
         def stuck(cfg: Any, step: int) -> None:
             if step == 3:
                 assert ranks.watch is not None
-                thread = threading.Thread(target=ranks.watch.last_resort)
+                resort = ranks.watch.last_resort
+                thread = threading.Thread(target=lambda: told.append(resort()))
                 thread.start()
                 thread.join()
                 raise Lost
@@ -162,6 +163,9 @@ def test_where_a_step_is_stuck_another_thread_saves_the_one_before(recipe: Path)
 
     with pytest.raises(LostRankError):
         run(recipe, "optim.steps=5", "checkpoint.every=100", change=change)
+    assert told == [
+        "The run is saved in runs/toy/checkpoints/step-000002: continue with --resume, with any number of processes"
+    ]
 
     def whole_with(trainer: Any, _stop: object) -> None:
         trainer.ranks = Fellow(0)  # cuts the same micro-batches

@@ -22,7 +22,8 @@ def override(document: Document, text: str, said_by: str = COMMAND_LINE) -> None
     place = f"{said_by}: {shortened(text)}"
     parts = name.split(".")
     if not equals or not name:
-        raise UserError(f"{place}: not an override: write key.sub=value")
+        missing = "the value is missing" if name else "the key is missing"
+        raise UserError(f"{place}: {missing}: write {shortened(name) or 'key.sub'}=value")
     if "" in parts:
         raise UserError(f"{place}: a part of the key {shortened(name)} is empty: write key.sub=value")
     if len(parts) > MAX_DEPTH:

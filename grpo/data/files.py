@@ -125,7 +125,8 @@ def _check_split(paths: Sequence[Path], split: str) -> None:
 
 def _check_there(path: Path) -> None:
     if not path.is_file():
-        raise UserError(f"data {path}: there is no such file")
+        looked = "" if path.is_absolute() else f" (grpo looks in {Path.cwd()}, and next to a recipe's file)"
+        raise UserError(f"data {path}: there is no such file{looked}")
     if path.stat().st_size == 0:
         raise UserError(f"data {path}: the file is empty")
 

@@ -85,7 +85,7 @@ def test_a_folder_with_another_run_is_not_touched(run_cli, recipe) -> None:
     before = Path("runs/toy/metrics.jsonl").read_text()
     again = run_cli("train", recipe)
     assert again.code == 2
-    assert "runs/toy holds another run: resume it (--resume), name another folder (output_dir=...) or" in again.err
+    assert "runs/toy already holds a run: resume it (--resume), name another folder (output_dir=...) or" in again.err
     assert Path("runs/toy/metrics.jsonl").read_text() == before
     assert run_cli("train", recipe, "optim.steps=1", "--overwrite").code == 0
     assert len(lines(Path("runs/toy/metrics.jsonl"))) == 1

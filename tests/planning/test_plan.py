@@ -292,7 +292,8 @@ def test_steps_are_as_wide_as_is_asked_for_and_the_slots_leave(speculate: str | 
         assert not any("drafts" in line for line in ample.lines())
     else:
         assert ample.drafts == load.need().wider(decoding, ample.slots, widest) > 0
-        said = f"drafts may take {planning.size_of(ample.drafts)} more, for steps of up to {widest} tokens per row"
+        size = planning.size_of(ample.drafts)
+        said = f"drafted tokens may take {size} more: a decoding step has up to {widest} tokens per row"
         assert ample.lines()[-1] == said
     decoding.narrow = "it cannot"
     assert (plan(2**40).fed, plan(2**40).drafts) == (1, 0)

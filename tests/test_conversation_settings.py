@@ -99,7 +99,7 @@ def test_recipes_of_earlier_runs_are_read(tmp_path: Path) -> None:
     """Each run has its recipe written out, and `rollout.environment: single_turn` was a setting."""
     old = "rewards: [{use: exact}]\nrollout: {environment: single_turn, top_k: 3}\n"
     assert load(tmp_path, old) == load(tmp_path, "rewards: [{use: exact}]\nrollout: {top_k: 3}\n")
-    assert "mine.yaml:5: unknown key rollout.environment. It is environment.use now" in refusal(
+    assert "mine.yaml:5: unknown key rollout.environment. It is now environment.use" in refusal(
         tmp_path, 'rewards: [{use: exact}]\nrollout: {environment: "room.py:Room"}\n'
     )
 

@@ -11,7 +11,7 @@ import typer
 def watch(
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[RUN]...", help="Folders of runs, running or ended. Default: the newest in runs/."),
+        typer.Argument(metavar="RUN", help="Folders of runs, running or ended. Default: the newest in runs/."),
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on. 0: any free port.")] = 8650,
 ) -> None:

@@ -77,7 +77,7 @@ def test_without_the_extra_it_says_what_to_install(toy_folder: Path, monkeypatch
 
     with agency(toy_folder) as office:
         monkeypatch.setattr(builtins, "__import__", without)
-        with pytest.raises(UserError, match=r"environment\.agent needs uvicorn.*grpo-mlx\[serve\]"):
+        with pytest.raises(UserError, match=r"environment\.agent needs uvicorn.*pip install .*\[serve\]"):
             office.one(lambda client: 1.0)
 
 

@@ -35,8 +35,8 @@ def of_first(
         (
             {"reward": None, "rewards/exact/timeout_rate": 0.5},
             [
-                "nothing was learned. exact failed or returned None",
                 "'exact' failed on 50% (timeout) of the completions",
+                "nothing was learned. exact failed or returned None",
             ],
         ),
         (

@@ -54,7 +54,7 @@ def test_without_a_sandbox_it_refuses_unless_told_otherwise(monkeypatch: pytest.
     monkeypatch.setattr(runner.sys, "platform", "darwin")
     try:
         with pytest.raises(
-            ValueError, match=r"no sandbox: on darwin .* `kwargs: {unsafe: true}` runs the model's code"
+            ValueError, match=r"no sandbox: .* not yet on darwin. `kwargs: {unsafe: true}` runs the model's code"
         ):
             Python()
     finally:

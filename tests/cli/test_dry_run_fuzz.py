@@ -49,9 +49,9 @@ def try_mutants(run_cli: Any, recipe: Path, monkeypatch: pytest.MonkeyPatch, cou
     whole = dump_recipe(load_recipe(recipe))
     footprints: dict[bool, Any] = {}
 
-    def measured(policy: Any, checkpointing: bool) -> Any:
+    def measured(policy: Any, checkpointing: bool, memory: int) -> Any:
         if checkpointing not in footprints:
-            footprints[checkpointing] = measure_footprint(policy, checkpointing)
+            footprints[checkpointing] = measure_footprint(policy, checkpointing, memory)
         return footprints[checkpointing]
 
     monkeypatch.setattr(planner, "measure_footprint", measured)

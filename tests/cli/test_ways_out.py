@@ -48,7 +48,7 @@ def test_a_finished_run_that_is_resumed_says_how_to_train_further(recipe, run_cl
     again = run_cli("train", recipe, "--resume")
     assert again.code == 0
     assert "no steps left to train: optim.steps is 2, and" in again.out
-    assert "set optim.steps to more" in again.out
+    assert "raise optim.steps" in again.out
     assert "nothing was trained: the run had already finished after step 2\n" in again.out
     assert "resumes after" not in again.out
     further = run_cli("train", recipe, "optim.steps=3", "--resume-changed")

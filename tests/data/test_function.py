@@ -85,7 +85,7 @@ def test_rows_of_a_function(found, name: str, settings: dict, questions: list[st
 @pytest.mark.parametrize(
     ("name", "settings", "said"),
     [
-        ("absent", {}, "no function 'absent' there"),
+        ("absent", {}, "no function 'absent' in it"),
         ("rows", {"kwargs": {"m": 1}}, "unexpected keyword argument 'm'"),
         ("some", {"kwargs": {"split": "x"}}, "its argument `split` comes from data.split"),
         ("rows", {"split": "test"}, "has no parameter `split`, so its rows are one split, 'train'; there is no 'test'"),

@@ -50,7 +50,7 @@ def test_names_and_programs_from_python(asking: Path) -> None:  # noqa: F811
     ("given", "said"),
     [
         ({"agent": object()}, "environment: expected a class, a function"),
-        ({"agent": run, "workers": 2}, "environment.workers does nothing for objects"),
+        ({"agent": run, "workers": 2}, "environment.workers does nothing for Python objects"),
         ({"agent": run, "sandbox": True}, "sandbox does nothing with agent"),
     ],
 )

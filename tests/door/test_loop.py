@@ -244,7 +244,7 @@ def test_constant_and_other_needs_are_said(policy, groups) -> None:
         policy.gradient(grpo.batches(groups)[0], grpo.Loss(top_entropy_quantile=0.5))
     with pytest.raises(grpo.UserError, match="unknown setting top_q"):
         policy.sample(["Hi?"], top_q=3)
-    with pytest.raises(grpo.UserError, match=r"two of them are called 'digits'"):
+    with pytest.raises(grpo.UserError, match=r"two rewards have the name 'digits'"):
         grpo.score(groups, [digits, digits])
     with pytest.raises(grpo.RunError, match="loss: bad returned"):
         policy.gradient(grpo.batches(groups), bad)

@@ -154,7 +154,7 @@ def test_a_run_of_an_earlier_session_is_gone_on_with_or_replaced(short) -> None:
     trainer(short("whole")).train()
     trainer(short(), at_step(2, lambda: grpo.STOP)).train()
     with pytest.raises(
-        grpo.UserError, match=r"resume it \(train\(resume=True\)\).*replace it \(train\(overwrite=True\)"
+        grpo.UserError, match=r"resume it \(train\(resume=True\)\).*replace the run \(train\(overwrite=True\)"
     ):
         trainer(short()).train()
     assert trainer(short()).train(resume=True).step == 4

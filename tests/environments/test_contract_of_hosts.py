@@ -175,7 +175,7 @@ def test_tools_are_told_of_by_their_places(host, inline: bool) -> None:
 
 
 def test_a_name_that_means_nothing(host) -> None:
-    with pytest.raises(UserError, match="no class 'Wlak' there"):
+    with pytest.raises(UserError, match="no class 'Wlak' in it"):
         _ = make_host(EnvironmentConfig(use=f"{GAMES}:Wlak")).description
 
 

@@ -133,7 +133,7 @@ def test_a_reward_that_ends_the_process(file) -> None:
 
 
 def test_a_reward_that_cannot_be_had_is_told_at_once(walks, file) -> None:
-    with pytest.raises(UserError, match="no function 'plcaes' there"):
+    with pytest.raises(UserError, match="no function 'plcaes' in it"):
         load(walks, file, "plcaes")
     with pytest.raises(UserError, match=r"reward 'bad_argument': kwargs\.scal: there is no such argument"):
         load(walks, file, "bad_argument", kwargs={"scal": 1.0})

@@ -152,7 +152,7 @@ def test_a_prompt_alone_lacks_columns_and_a_row_has_them(asking: Path, run_cli) 
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("environment.agent=play.py:gone", "no function 'gone' there"),
+        ("environment.agent=play.py:gone", "no function 'gone' in it"),
         ("environment.agent=nowhere.py:run", "there is no file nowhere.py"),
         ("environment={command: [no-such-program]}", "agent 'no-such-program': command: there is no program"),
         ("environment.kwargs={turn: 1}", "grpo: agent 'play': kwargs.turn: run has no such argument"),

@@ -124,7 +124,7 @@ def test_a_sampler_is_found_beside_the_recipe_and_hashed(recipe) -> None:
         ("class Mine:\n    def __init__(self, stream):\n        raise ValueError('odd')\n", "ValueError: odd|odd"),
         ("def Mine(stream):\n    return None\n", "it returned None"),
         ("class Mine:\n    def __init__(self, stream): ...\n    def take(self, n): ...\n", "it has no observe"),
-        ("class Other:\n    pass\n", "'Mine' there"),
+        ("class Other:\n    pass\n", "no function or class 'Mine' in it"),
     ],
 )
 def test_a_sampler_that_is_none_is_refused_before_the_first_step(recipe, code: str, said: str) -> None:

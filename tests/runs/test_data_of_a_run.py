@@ -75,12 +75,12 @@ def test_a_token_without_an_embedding_is_found_at_the_start_or_when_its_row_is_d
 ) -> None:
     write(tmp_path / "train.jsonl", *["x?"] * 64, "a~b")
     monkeypatch.setattr("mlx_lm.tokenizer_utils.TokenizerWrapper.apply_chat_template", _odd)
-    with pytest.raises(UserError, match=r"row 64 of .*train.jsonl has token 100000"):
+    with pytest.raises(UserError, match=r"row 64 of .*train.jsonl has a token 100000"):
         prepared(recipe)
     monkeypatch.setattr(lengths, "MOST_ROWS", 10)
     run = prepared(recipe, "data.shuffle=false")
     assert len(run.trainer.tasks.take(64)) == 64
-    with pytest.raises(UserError, match=r"row 64 of .*train.jsonl has token 100000"):
+    with pytest.raises(UserError, match=r"row 64 of .*train.jsonl has a token 100000"):
         run.trainer.tasks.take(1)
 
 

@@ -91,7 +91,7 @@ def test_the_loss_of_a_process_ends_a_step_and_saves_the_one_before(recipe: Path
     )
     assert ended.value.speaks
     assert saved.is_dir()
-    assert Path("runs/toy/.ended").read_text() == "failed\n"
+    assert Path("runs/toy/.ended").read_text().startswith("failed\nprocess 1 of 2 (other) died. ")
 
 
 def test_the_first_process_that_is_left_saves_where_the_first_was_lost(recipe: Path) -> None:
@@ -189,7 +189,7 @@ def test_an_error_of_the_ring_in_a_layer_is_the_loss_and_other_errors_are_their_
         ranks._exchange(fail)
     assert ranks.watch is not None
     ranks.watch.loss = LostRank(1, "process 1 of 2 (other) died")
-    ranks.watch._known.set()
+    ranks.watch._loss_known.set()
     with pytest.raises(LostRankError, match=r"^process 1 of 2 \(other\) died$"):
         ranks._exchange(lambda: pytest.fail("begun though another process is lost"))
 

@@ -63,7 +63,7 @@ def test_a_run_goes_on_with_other_moments_by_leave(recipe, before: str, after: s
 def test_another_optimizer_is_refused_in_words(recipe) -> None:
     settings = ("adapter.type=full", "checkpoint.every=1", "output_dir=run", INT8)
     run(recipe, *settings, "optim.steps=1", "optim.optimizer=lion")
-    with pytest.raises(UserError, match="resume: the checkpoint's optimizer: other arrays or shapes"):
+    with pytest.raises(UserError, match="resume: the checkpoint's file optimizer has other arrays or shapes"):
         run(recipe, *settings, "optim.steps=2", "optim.optimizer=adamw", changed=True)
 
 

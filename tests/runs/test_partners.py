@@ -51,7 +51,7 @@ def config(name: str | None, **settings) -> EnvironmentConfig:
         ),
         ({"use": "rooms.py:Own", "timeout": 3.0}, (), "environment.timeout does nothing: its class makes trajectories"),
         ({"use": "rooms.py:Own"}, ("rooms.py:look",), "tools do nothing with environment.use: its class makes"),
-        ({"use": "rooms.py:Nobody"}, (), "no class 'Nobody' there"),
+        ({"use": "rooms.py:Nobody"}, (), "no class 'Nobody' in it"),
         ({}, ("calculater",), "there is no tool of that name. Did you mean 'calculator'"),
     ],
 )

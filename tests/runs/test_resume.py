@@ -218,7 +218,7 @@ def test_a_longer_run_goes_on_where_the_shorter_ended(six) -> None:
 
 
 def test_another_adapter_does_not_fit(beside) -> None:
-    with pytest.raises(UserError, match="the checkpoint's adapters: other arrays or shapes"):
+    with pytest.raises(UserError, match="the checkpoint's file adapters has other arrays or shapes"):
         run(beside, "output_dir=whole", "adapter.rank=2", changed=True)
 
 

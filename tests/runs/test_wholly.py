@@ -195,7 +195,7 @@ def test_whole_weights_that_an_error_left_in_the_middle_are_not_saved_and_that_i
         "adapter.type: full holds only one copy of them; the newest intact checkpoint is "
         "runs/toy/checkpoints/step-000002"
     ) in caplog.text
-    assert (Path("runs/toy") / ENDED).read_text() == "failed\n"
+    assert (Path("runs/toy") / ENDED).read_text() == "failed\nRuntimeError: [malloc] out of memory\n"
     run(recipe, *settings, "checkpoint.every=2", resume=True)
     assert saved("runs/toy", 5) == saved("whole", 5)
 

@@ -72,7 +72,7 @@ def test_and_they_are_the_users_error(isolation: str) -> None:
     for kwargs, said in (
         ({"tokns": 5}, "reward 'length': kwargs.tokns: there is no such argument. Did you mean 'tokens'?"),
         ({"tokens": 5, "kind": "round"}, "reward 'length': kwargs.kind: expected 'target', 'cosine' or 'overlong'"),
-        ({"tokens": 5, "cache": 3}, "reward 'length': kwargs.cache: kind overlong needs one"),
+        ({"tokens": 5, "cache": 3}, "reward 'length': kwargs.cache: kind: overlong needs a cache from 1"),
     ):
         with pytest.raises(UserError, match=re.escape(said)):
             Scorer.of([RewardConfig(use="length", kwargs=kwargs, isolation=isolation)])

@@ -217,7 +217,7 @@ def test_ten_thousand_cheap_rewards_take_a_second_of_processor_time(scorer) -> N
     [
         ("import os\nos._exit(4)", "its process ended when imported (exit code 4)"),
         ("def f(completions, **_): ...\nraise SystemExit(1)", "cannot be imported: SystemExit: 1"),
-        ("x = 1", "no function 'f' there"),
+        ("x = 1", "no function 'f' in it"),
     ],
 )
 def test_a_file_that_cannot_be_imported_is_a_users_error(tmp_path: Path, text: str, said: str) -> None:

@@ -64,7 +64,7 @@ def client(toy_folder: Path) -> Iterator[Any]:
         ),
         (CHAT, {"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "the model decides"),
         (CHAT, {"tools": [TOOL]}, "tools", "does not show tools to the model"),
-        (CHAT, {"tools": [TOOL] * 129}, "tools", "expected at most 128 items, and there are 129"),
+        (CHAT, {"tools": [TOOL] * 129}, "tools", "expected at most 128 items, got 129"),
         (CHAT, {"tools": [{"type": "function"}]}, "tools.0.function", ""),
         (CHAT, {"tools": [{"type": "function", "function": {}}]}, "tools.0.function", "name: Field required"),
         (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools.0", "cannot force"),

@@ -49,6 +49,13 @@ def override(document: Document, text: str, said_by: str = COMMAND_LINE) -> None
         document.where.setdefault(keys[:depth], place)
 
 
+def _items(count: int) -> str:
+    """The numbers of a list's items, in words."""
+    if count < 2:
+        return "the list has only the item 0" if count else "the list is empty"
+    return f"the list has only the items 0 to {count - 1}"
+
+
 def _key(target: Any, part: str, parts: list[str], place: str) -> str | int:
     """A part of a dotted name as a key of `target`: an index if `target` is a list."""
     if isinstance(target, dict):
@@ -59,7 +66,7 @@ def _key(target: Any, part: str, parts: list[str], place: str) -> str | int:
         )
     if part.isdecimal() and len(part) < 10 and int(part) < len(target):
         return int(part)
-    items = f"its items are 0 to {len(target) - 1}" if target else "the list is empty"
+    items = _items(len(target))
     raise UserError(f"{place}: there is no {shortened('.'.join(parts))} in the recipe: {items}")
 
 

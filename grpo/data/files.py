@@ -120,7 +120,7 @@ def _matching(name: str) -> list[Path]:
 def _check_split(paths: Sequence[Path], split: str) -> None:
     if split != "train":
         what = "a file is" if len(paths) == 1 else "files are"
-        raise UserError(f"data {paths[0]}: {what} one split, 'train'; there is no {split!r}")
+        raise UserError(f"data {paths[0]}: {what} one split, 'train'; there is no {split!r} (data.split, eval.split)")
 
 
 def _check_there(path: Path) -> None:

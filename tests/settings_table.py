@@ -313,7 +313,7 @@ REFUSED: list[tuple[str, str, tuple[str, ...]]] = [
     ("data.sampler=choose.py:Last", "data.curriculum does nothing with data.sampler", POOLED),
     ("data.curriculum.hard_threshold=0.95", "hard_threshold (0.95) is above easy_threshold (0.9)", POOLED),
     ("data.curriculum.unseen=0", "every weight is 0", ("data.curriculum={hard: 0, normal: 0, easy: 0}",)),
-    ("data.curriculum.reward=mine", "the run has no reward 'mine'; there is varied", POOLED),
+    ("data.curriculum.reward=mine", "the run has no reward 'mine'; its rewards are varied", POOLED),
     ("data.solve_rates=rates.jsonl", "data.solve_rates does nothing alone", ()),
     ("data.solve_rate=[0.1, 0.9]", "data.solve_rate needs data.solve_rates", ()),
     ("data.solve_rate=[0.9, 0.1]", "has the higher rate first", ("data.solve_rates=rates.jsonl",)),

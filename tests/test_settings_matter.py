@@ -263,7 +263,9 @@ def bench(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         patch.setattr(scheduler, "GRACE", 600.0)  # on a busy machine, too, the same run is the same run
         footprints: dict[bool, Any] = {}
 
-        def measured(policy: Any, checkpointing: bool, memory: int) -> Any:  # a quarter of a second, the same every time
+        def measured(
+            policy: Any, checkpointing: bool, memory: int
+        ) -> Any:  # a quarter of a second, the same every time
             if checkpointing not in footprints:
                 footprints[checkpointing] = measure_footprint(policy, checkpointing, memory)
             return footprints[checkpointing]

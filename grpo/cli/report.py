@@ -13,7 +13,9 @@ from grpo.errors import UserError
 def report(
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="RUN", help="Folders of runs. The plots of several runs are overlaid. Default: the newest in runs/."),
+        typer.Argument(
+            metavar="RUN", help="Folders of runs. The plots of several runs are overlaid. Default: the newest in runs/."
+        ),
     ] = None,
     to: Annotated[Path | None, typer.Option(help="File to write. Default: report.html in the first run.")] = None,
 ) -> None:

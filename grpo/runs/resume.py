@@ -213,7 +213,7 @@ def _check_named(checkpoint: Path) -> None:
         raise UserError(f"--resume-from {checkpoint}: there is no such folder")
     if is_run(checkpoint):
         raise UserError(
-            f"--resume-from {checkpoint}: is a run; name a checkpoint of it, such as {newest_checkpoint(checkpoint)}"
+            f"--resume-from {checkpoint}: is a run; name its checkpoint, such as {newest_checkpoint(checkpoint)}"
         )
 
 

@@ -53,4 +53,6 @@ class TrainerState:
                 continue
             shapes = {path: array.shape for path, array in self.arrays.get(name, {}).items()}
             if shapes != {path: array.shape for path, array in arrays.items()}:
-                raise UserError(f"resume: the checkpoint's file {name} has other arrays or shapes than this recipe needs")
+                raise UserError(
+                    f"resume: the checkpoint's file {name} has other arrays or shapes than this recipe needs"
+                )

@@ -160,11 +160,11 @@ def test_what_is_named_in_the_wrong_place_is_called_what_it_is(run_cli, recipe, 
         (["generate", recipe, "hi"], "is a recipe: give a run's folder, or a model"),
         (["generate", "quickstart", "hi"], "quickstart is a recipe"),
         (["train", recipe, "--resume-from", "runs/nosuch"], "--resume-from runs/nosuch: there is no such folder"),
-        (["train", recipe, "--resume-from", "runs/toy"], f"is a run; name a checkpoint of it, such as {newest}"),
-        (["generate", toy_folder, "hi", "--adapter", "runs/toy"], f"is a run; name a checkpoint of it, such as {newest}"),
+        (["train", recipe, "--resume-from", "runs/toy"], f"is a run; name its checkpoint, such as {newest}"),
+        (["generate", toy_folder, "hi", "--adapter", "runs/toy"], f"is a run; name its checkpoint, such as {newest}"),
         (["generate", toy_folder, "hi", "--adapter", "nosuch"], "adapter nosuch: there is no such folder"),
         ([*evaluate, "runs/toy"], f"name its checkpoint, such as {newest}"),
-        (["train", recipe, "--overwrite", "adapter.path=runs/toy"], "is a run; name a checkpoint of it, such as"),
+        (["train", recipe, "--overwrite", "adapter.path=runs/toy"], "is a run; name its checkpoint, such as"),
     ):
         ran = run_cli(*args)
         assert (ran.code, len(ran.err.splitlines())) == (2, 1), ran.err

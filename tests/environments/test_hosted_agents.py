@@ -206,7 +206,7 @@ def test_what_does_not_fit_is_found_before_the_run(hosts, function: str, setting
 @pytest.mark.parametrize(
     ("agent", "said"),
     [
-        (f"{ASKING}:gone", f"agent '{ASKING}:gone': no function 'gone' in it"),
+        (f"{ASKING}:gone", f"agent '{ASKING}:gone': there is no function 'gone' in it"),
         (f"{ASKING.parent}/nowhere.py:run", "there is no file"),
         ("no_such_module:run", "there is no module 'no_such_module'"),
     ],

@@ -88,7 +88,9 @@ def test_lines_that_the_teacher_cannot_read_are_not_made(
     monkeypatch.setattr(Policy, "_can_pack", can_pack)
     run = prepared(taught, f"teacher.model={toy_folder}")
     assert run.trainer.cfg.optim.pack_completions == reads
-    assert any(note.startswith("teacher: ") and note.endswith("in its own row: the reason") for note in run.notes) != reads
+    assert (
+        any(note.startswith("teacher: ") and note.endswith("in its own row: the reason") for note in run.notes) != reads
+    )
     assert not any("backward" in note for note in run.notes if note.startswith("teacher: "))
     run.opened.close()
 

@@ -47,7 +47,10 @@ def test_equal_groups_of_turns_may_teach() -> None:
         ("turn", "their turns may differ, and teach"),
     ):
         run = SimpleNamespace(
-            folder=Path(), steps=steps, evaluations=[], recipe=SimpleNamespace(advantage=SimpleNamespace(turns=turns), eval=None)
+            folder=Path(),
+            steps=steps,
+            evaluations=[],
+            recipe=SimpleNamespace(advantage=SimpleNamespace(turns=turns), eval=None, data=SimpleNamespace(parts={})),
         )
         (plot,) = layout([run])
         assert plot["about"].endswith(ending)

@@ -123,7 +123,8 @@ def test_processes_make_groups_or_say_why_not() -> None:
         Ranks().divided(4)
     for size in (3, 8):
         with pytest.raises(
-            UserError, match=f"model.shard_size: groups of {size} processes .* 4 processes cannot be divided into such groups"
+            UserError,
+            match=f"model.shard_size: groups of {size} processes .* 4 processes cannot be divided into such groups",
         ):
             Several(4).divided(size)
     whole = Several(4).divided(None)

@@ -140,7 +140,7 @@ class Recipe(Section):
         prompts, parts = self.rollout.prompts_per_step, self.optim.num_minibatches
         if prompts % parts:
             raise ValueError(
-                f"rollout.prompts_per_step must be divisible by optim.num_minibatches, but {prompts} is not by {parts}"
+                f"rollout.prompts_per_step must be divisible by optim.num_minibatches; got {prompts} and {parts}"
             )
         if (rows := self.rollout.prompts_per_step * self.rollout.num_generations) > MANY:
             raise ValueError(

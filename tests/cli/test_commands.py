@@ -207,7 +207,7 @@ def test_a_checkpoint_is_a_target_too(run_cli, recipe) -> None:
         ("loss.use=digits.py:rewrd", "no function 'rewrd' in it. Did you mean 'reward'?"),
         ("loss.epsilon_max=2", "loss.epsilon_max does nothing with the clip surrogate of dapo"),
         ("loss.kl_estimator=k1", "loss.kl_estimator does nothing while loss.beta is 0"),
-        ("optim.num_minibatches=4", "must be divisible by optim.num_minibatches, but"),
+        ("optim.num_minibatches=4", "must be divisible by optim.num_minibatches; got"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(run_cli, recipe, tmp_path, override: str, said: str) -> None:

@@ -50,6 +50,10 @@ class Joined(Mapping[str, mx.array]):
         self.unread.remove(path)
         return whole
 
+    def __contains__(self, path: object) -> bool:
+        """Whether there is an array of this name. Nothing is exchanged."""
+        return path in self._parts
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
 

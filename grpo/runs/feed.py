@@ -13,6 +13,7 @@ from grpo.data.prompts import PromptRenderer
 from grpo.data.rows import Rows, rows_with_null
 from grpo.data.stream import TaskStream, first_tasks
 from grpo.data.streaming import Streamed, WindowStream, first_streamed
+from grpo.plugins import SESSION
 from grpo.runs.drawing import chosen_note
 from grpo.runs.partners import Partners
 from grpo.scoring.scorer import Scorer
@@ -97,10 +98,11 @@ def overlap_note(held_out: Feed, feeds: Sequence[Feed]) -> str | None:
 
 def _same_rows(one: Feed, other: Feed) -> bool:
     """Whether two feeds have the same rows, by their settings or by the rows themselves; streamed rows only by
-    settings."""
+    settings. The settings of Python objects do not tell one object from another."""
     first, second = (feed.renderer.cfg for feed in (one, other))
     names = ("source", "use", "kwargs", "config", "revision", "split")
-    if all(getattr(first, name) == getattr(second, name) for name in names):
+    is_object = (first.use or "").startswith(f"{SESSION}:")
+    if not is_object and all(getattr(first, name) == getattr(second, name) for name in names):
         return True
     if isinstance(one.rows, Streamed) or isinstance(other.rows, Streamed) or len(one.rows) != len(other.rows):
         return False

@@ -221,13 +221,15 @@ def is_running(folder: Path) -> bool:
 
 
 def _settle(folder: Path) -> None:
-    """Of two runs in a folder, keep the newer if it has a step on record, or else bring back the former. Without a
-    former run, one that failed in its first step stays: it says why."""
+    """Of two runs in a folder, keep the newer if it has a record or a checkpoint, or else bring back the former.
+    Without a former run, one that failed in its first step stays: it says why."""
     former = folder / FORMER
-    if (folder / METRICS).exists() or (failed_at_once(folder) and not former.is_dir()):
+    in_part = former.is_dir() and not (former / RECIPE).exists()  # only a part of the former run was moved aside
+    has_step = (folder / METRICS).exists() or (not in_part and bool(checkpoints(folder / CHECKPOINTS)))
+    if has_step or (failed_at_once(folder) and not former.is_dir()):
         shutil.rmtree(former, ignore_errors=True)
         return
-    if not former.is_dir() or (former / RECIPE).exists():  # else only a part of the former run was moved aside
+    if not in_part:
         _delete_run(folder)
     _move_run(former, folder)
 
@@ -299,8 +301,10 @@ def how_ended(folder: Path) -> tuple[str, str]:
 
 
 def failed_at_once(folder: Path) -> bool:
-    """Whether the folder holds a run that failed before it had a step on record; the next run there replaces it."""
-    return is_run(folder) and not (folder / METRICS).exists() and how_ended(folder)[0] == "failed"
+    """Whether the folder holds a run that failed before it had a step on record or a checkpoint; the next run there
+    replaces it."""
+    has_step = (folder / METRICS).exists() or checkpoints(folder / CHECKPOINTS)
+    return is_run(folder) and not has_step and how_ended(folder)[0] == "failed"
 
 
 def check_is_run(folder: Path) -> None:

@@ -37,12 +37,14 @@ class Handed:
     sampled  a sampler's share of the next step
     metrics  the first trainer's metrics of this step
     counts   the updater's counters
+    failed   failures that this process has counted (`Scorer.counted`)
     busy     seconds of work
     """
 
     sampled: Sampled | None
     metrics: StepMetrics | None
     counts: Mapping[str, int]
+    failed: Mapping[str, float]
     busy: float
 
 
@@ -95,7 +97,9 @@ class ApartTrainer(Trainer):
         learnt = self._learnt(n, groups, ready) if self.roles.trains else None
         counts = {name: getattr(self.update, name) for name in COUNTS}
         ended = time.perf_counter()
-        handed = self.ranks.gather(Handed(mine, learnt if self.roles.chief else None, counts, ended - started))
+        own, chosen = self.scorer.counted(), learnt if self.roles.chief else None
+        handed = self.ranks.gather(Handed(mine, chosen, counts, own, ended - started))
+        self._elsewhere = {name: sum(one.failed[name] for one in handed) - n for name, n in own.items()}
         metrics = learnt or handed[0].metrics
         assert metrics is not None
         self._receive(n, handed[0].counts)

@@ -201,8 +201,8 @@ class Float32Optimizer:
         for path, own in self._own.items():
             arrays = {key: fitted.pop(f"{path}.{key}") for key in forms_of(own) if f"{path}.{key}" in fitted}
             other_form = arrays.keys() != own.keys() and names_of(arrays) == names_of(own)
-            if other_form and "step" in saved:
-                arrays = packed(unpacked(arrays, MAPS[self._name]), those_packed(own, self._maps), saved["step"])
+            if other_form and "step" in fitted:
+                arrays = packed(unpacked(arrays, MAPS[self._name]), those_packed(own, self._maps), fitted["step"])
             fitted.update({f"{path}.{key}": array for key, array in arrays.items()})
         return fitted
 

@@ -239,6 +239,14 @@ def test_rows_that_are_given_train_like_those_of_a_file(short) -> None:
     assert timeless(Path("whole/metrics.jsonl")) == timeless(Path("given/metrics.jsonl"))
 
 
+def test_objects_are_the_same_held_out_rows_only_if_their_rows_are(short) -> None:
+    others = [{"question": f"What is {i}+1?", "answer": str(i + 1)} for i in range(11, 15)]
+    for held_out, same in ((others, False), (list(ROWS), True)):
+        with trainer(short(), data=ROWS, eval_data=held_out) as made:
+            notes = made._ready().run.notes
+        assert any(note.startswith("eval: its rows are the training rows") for note in notes) == same
+
+
 def test_held_out_data_is_given_too(short) -> None:
     one = [{"question": "What is 7+7?", "answer": "14"}]
     assert trainer(short("one"), eval_data=one).train().after.n == 1

@@ -47,3 +47,10 @@ def test_the_rest_is_read_where_writing_fails(tmp_path: Path) -> None:
     joined["part a"]
     joined.finish()
     assert joined.unread == []
+
+
+def test_a_name_is_looked_up_without_an_exchange() -> None:
+    joined = Joined(Doubled(), {"part a": mx.zeros(2)})
+    assert "part a" in joined
+    assert "part b" not in joined
+    assert joined.unread == ["part a"]

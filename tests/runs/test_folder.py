@@ -67,6 +67,26 @@ def test_a_run_killed_while_putting_another_aside(recipe, moved: int) -> None:
     assert {path.name: path.read_text() for path in folder.iterdir()} == before
 
 
+def test_a_checkpoint_stays_where_no_step_is_on_record(recipe) -> None:
+    """A run may fail between a step, which is then saved, and its record."""
+    cfg = load_recipe(recipe)
+    folder = Path(cfg.output_dir)
+    saved = folder / "checkpoints/step-000001/state.json"
+    with run_folder(cfg, overwrite=False):
+        saved.parent.mkdir(parents=True)
+        saved.write_text("")
+        (folder / ".ended").write_text("failed\nZeroDivisionError\n")
+    with pytest.raises(UserError, match="holds another run"), run_folder(cfg, overwrite=False):
+        pass
+    assert saved.exists()
+    killed(folder, "b")
+    (folder / "checkpoints/step-000002").mkdir(parents=True)  # saved, so the former run is gone
+    with pytest.raises(UserError, match="holds another run"), run_folder(cfg, overwrite=False):
+        pass
+    assert (folder / "checkpoints/step-000002").exists()
+    assert not (folder / ".former").exists()
+
+
 def test_a_folder_that_cannot_be_written_keeps_its_run(recipe, monkeypatch) -> None:
     cfg = load_recipe(recipe)
     folder = Path(cfg.output_dir)

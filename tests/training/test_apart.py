@@ -29,7 +29,7 @@ from grpo.scoring.own import OwnTerms
 from grpo.scoring.scorer import Scorer
 from grpo.tools.replay import replay
 from grpo.training.ahead import Ahead, Sampled
-from grpo.training.apart import ApartTrainer
+from grpo.training.apart import ApartTrainer, Handed
 from grpo.training.batches import forced
 from grpo.training.roles import Roles
 from grpo.types import Batch, Conversation, Group, Rollout, Task, Trajectory
@@ -83,6 +83,25 @@ def test_completions_on_which_a_reward_breaks_are_stored_under_their_own_step(
         emulated(monkeypatch, recipe, *MORE, "rewards.0.max_failure_rate=0")
     assert read_completions(Path("runs/toy/failed_step.parquet"))[0] == 2
     assert not Path("runs/toy/metrics.jsonl").exists()
+
+
+def test_a_checkpoint_has_the_failures_of_all_samplers(recipe: Path) -> None:
+    trainer = alone(recipe)
+
+    class WithAnotherSampler(Ranks):
+        def __init__(self) -> None:
+            super().__init__()
+            self.size = 2
+
+        def gather(self, mine: Any) -> list[Any]:
+            """The other sampler has had no tasks left, and three failures so far."""
+            other = {"sampled": None, "metrics": None, "failed": {**trainer.scorer.counted(), "error/digits": 3.0}}
+            return [mine, replace(mine, **other) if isinstance(mine, Handed) else mine]
+
+    trainer.ranks = WithAnotherSampler()
+    trainer.step(1)
+    saved = trainer.counts()["scorer"]["records"]["digits"]
+    assert (saved["failures"], saved["kinds"]) == (3, {"error": 3})
 
 
 def test_tasks_come_in_the_order_of_a_run_without_lag(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

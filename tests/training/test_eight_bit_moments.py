@@ -16,6 +16,8 @@ from training.test_update import groups, recipe
 from grpo.backend import device
 from grpo.config import OptimConfig
 from grpo.errors import UserError
+from grpo.model.joined import Joined
+from grpo.model.shards import Shards
 from grpo.training import moments
 from grpo.training import optimizer as optimizers
 from grpo.training.algorithms import CLASSES, make_optimizer
@@ -232,6 +234,8 @@ def test_a_saved_state_fits_an_optimizer_with_other_moments(before: str, after: 
     old.update(model, {"weight": mx.random.normal((64, 64)), "bias": mx.ones(64)})
     saved = tree_flatten(old.state, destination={})
     fitted = new.fitted(saved)
+    joined = new.fitted(Joined(Shards(), saved))  # arrays that may be read once
+    assert all(mx.array_equal(array, joined[path]) for path, array in fitted.items())
     expected = tree_flatten(new.state, destination={})
     assert {path: (a.shape, a.dtype) for path, a in fitted.items()} == {
         path: (a.shape, a.dtype) for path, a in expected.items()

@@ -22,7 +22,8 @@ def override(document: Document, text: str, said_by: str = COMMAND_LINE) -> None
     place = f"{said_by}: {shortened(text)}"
     parts = name.split(".")
     if not equals or not name:
-        raise UserError(f"{place}: not an override: write key.sub=value")
+        missing = "the value is missing" if name else "the key is missing"
+        raise UserError(f"{place}: {missing}: write {shortened(name) or 'key.sub'}=value")
     if "" in parts:
         raise UserError(f"{place}: a part of the key {shortened(name)} is empty: write key.sub=value")
     if len(parts) > MAX_DEPTH:
@@ -48,6 +49,13 @@ def override(document: Document, text: str, said_by: str = COMMAND_LINE) -> None
         document.where.setdefault(keys[:depth], place)
 
 
+def _items(count: int) -> str:
+    """The numbers of a list's items, in words."""
+    if count < 2:
+        return "the list has only the item 0" if count else "the list is empty"
+    return f"the list has only the items 0 to {count - 1}"
+
+
 def _key(target: Any, part: str, parts: list[str], place: str) -> str | int:
     """A part of a dotted name as a key of `target`: an index if `target` is a list."""
     if isinstance(target, dict):
@@ -58,7 +66,7 @@ def _key(target: Any, part: str, parts: list[str], place: str) -> str | int:
         )
     if part.isdecimal() and len(part) < 10 and int(part) < len(target):
         return int(part)
-    items = f"its items are 0 to {len(target) - 1}" if target else "the list is empty"
+    items = _items(len(target))
     raise UserError(f"{place}: there is no {shortened('.'.join(parts))} in the recipe: {items}")
 
 

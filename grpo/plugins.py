@@ -54,7 +54,8 @@ def find_recipe(name: str) -> Path:
         )
     known = bundled_names("recipes", ".yaml")
     hint = did_you_mean(stem, known)
-    raise UserError(f"{name or '(empty)'}: there is no such recipe.{hint} Bundled: {', '.join(known)}")
+    sought = "file" if path.suffix == ".yaml" or len(path.parts) > 1 else "recipe"
+    raise UserError(f"{name or '(empty)'}: there is no such {sought}.{hint} Bundled recipes: {', '.join(known)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +337,9 @@ def _attribute(what: str, module: Any, function: str, noun: str) -> Function:
     if not callable(found):
         functions = [name for name, value in vars(module).items() if callable(value) and name[0] != "_"]
         defined = _own(module)
-        hint = did_you_mean(function, functions) or (f" It defines {_listed(defined)}" if defined else "")
+        hint = did_you_mean(function, functions) or (
+            f" It defines {_listed(defined)}: write the name after a colon" if defined else ""
+        )
         raise UserError(f"{what}: there is no {noun} {function!r} in it.{hint}")
     callable_: Function = found
     return callable_

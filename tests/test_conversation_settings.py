@@ -58,7 +58,7 @@ def test_a_text_is_a_tool_by_its_use_wherever_it_stands(tmp_path: Path) -> None:
     cfg = load(tmp_path, "rewards: [{use: exact}]\n", "tools=[calculator, python]", "tools.1.timeout=5")
     assert [(tool.use, tool.timeout) for tool in cfg.tools] == [("calculator", 30.0), ("python", 5.0)]
     assert with_settings(plain, {"tools": ["calculator"]}).tools == cfg.tools[:1]
-    assert "tools.2.timeout in the recipe: its items are 0 to 1" in refusal(
+    assert "tools.2.timeout in the recipe: the list has only the items 0 to 1" in refusal(
         tmp_path, "rewards: [{use: exact}]\n", "tools=[calculator, python]", "tools.2.timeout=5"
     )
 
@@ -73,7 +73,11 @@ def test_limits_on_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "override", "said"),
     [
-        ("rewards: [{use: exact}]\n", "environment.max_turns=5", "environment.use: name a class, or add tools"),
+        (
+            "rewards: [{use: exact}]\n",
+            "environment.max_turns=5",
+            "environment.use is missing: name a class, or add tools",
+        ),
         (
             "environment: game.py:Game\n",
             "seed=1",

@@ -137,7 +137,7 @@ def test_what_is_said_to_be_here_is_here() -> None:
         ("r=8", "TRL's r is adapter.rank here."),
         (
             "rollout.replay_buffer_size=64",
-            "TRL's replay_buffer_size is rollout.reuse here (of GRPOWithReplayBufferTrainer in",
+            "TRL's replay_buffer_size is rollout.reuse here (a setting of GRPOWithReplayBufferTrainer in",
         ),
         ("rollout.beta=1", "Did you mean loss.beta?"),
         ("loss.bata=1", "Did you mean loss.beta?"),

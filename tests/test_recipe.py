@@ -116,7 +116,7 @@ def test_a_mistake_is_named_with_its_line(tmp_path: Path, old: str, new: str, li
     ("override", "said"),
     [
         ("loss.bata=1", "command line: loss.bata=1: unknown key loss.bata. Did you mean loss.beta?"),
-        ("loss.beta", "command line: loss.beta: not an override: write key.sub=value"),
+        ("loss.beta", "command line: loss.beta: the value is missing: write loss.beta=value"),
         ("rewards.3.weight=1", "there is no rewards.3.weight"),
         ("rewards=[]", "rewards: a run needs at least one reward, such as rewards: [{use: math_answer}], or an"),
         ("rewards.0=x", 'rewards.0: expected keys and values, got "x". Write {use: math_answer}'),

@@ -104,11 +104,11 @@ def test_it_is_answered_with_its_place(tmp_path: Path, text: str | bytes, said: 
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("rewards.-1.weight=1", "there is no rewards.-1.weight in the recipe: its items are 0 to 0"),
-        ("rewards.1.weight=1", "there is no rewards.1.weight in the recipe: its items are 0 to 0"),
-        (f"rewards.{'9' * 5_000}.weight=1", "its items are 0 to 0"),
-        ("rewards.99999999999999999999.weight=1", "its items are 0 to 0"),
-        ("rewards.use=x", "there is no rewards.use in the recipe: its items are 0 to 0"),
+        ("rewards.-1.weight=1", "there is no rewards.-1.weight in the recipe: the list has only the item 0"),
+        ("rewards.1.weight=1", "there is no rewards.1.weight in the recipe: the list has only the item 0"),
+        (f"rewards.{'9' * 5_000}.weight=1", "the list has only the item 0"),
+        ("rewards.99999999999999999999.weight=1", "the list has only the item 0"),
+        ("rewards.use=x", "there is no rewards.use in the recipe: the list has only the item 0"),
         ("loss..beta=1", "a part of the key loss..beta is empty"),
         (".loss=1", "a part of the key .loss is empty"),
         ("loss.=1", "a part of the key loss. is empty"),

@@ -64,7 +64,7 @@ def fetch(repository: Repository, get: Callable[[bool], Fetched]) -> Fetched:
     except (_http().HTTPError, OSError, RuntimeError) as error:
         why = _why(repository, trouble or error)
         if trouble is not None and _status(trouble) is None:
-            why += "; and the cache does not have all of it (the first download needs a network; a local path does not)"
+            why += "; and the cache has no complete copy (the first download needs a network; a local path does not)"
         raise UserError(f"{repository}: cannot be downloaded from {constants.ENDPOINT}: {why}") from error
     if trouble is not None and not isinstance(trouble, OfflineModeIsEnabled):
         _warn_once(f"{repository}: using the copy in the cache: {_why(repository, trouble)}")

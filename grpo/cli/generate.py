@@ -91,7 +91,7 @@ def _print_answer(found: Answering, prompt: str | None, row: int | None, asked: 
     if row is not None:
         raise UserError("--row requires a run with an environment or tools: give a prompt instead")
     if prompt is None:
-        raise UserError("give a prompt: grpo generate TARGET PROMPT")
+        raise UserError("a prompt is missing: write it after the run or model, in quotes")
     for text in answer(found, prompt, asked, seed):
         print(text, end="", flush=True)
     print()

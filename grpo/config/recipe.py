@@ -89,7 +89,7 @@ class Recipe(Section):
         if unused:
             raise ValueError(f"environments.{unused[0]}: name a class with `use`")
         if self.environment is not None and self.environment.what is None and not self.tools:
-            raise ValueError("environment.use: name a class, or add tools that the model may call")
+            raise ValueError("environment.use is missing: name a class, or add tools that the model may call")
         own = self.conversations
         self._check_agents()
         weights = self._weights
@@ -137,8 +137,11 @@ class Recipe(Section):
     def _sections_agree(self) -> Recipe:
         if self.adapter.sync_reference_every is not None and self.loss.beta == 0 and self.loss.beta_end is None:
             raise ValueError("adapter.sync_reference_every does nothing while loss.beta is 0: there is no reference")
-        if self.rollout.prompts_per_step % self.optim.num_minibatches:
-            raise ValueError("rollout.prompts_per_step must be divisible by optim.num_minibatches")
+        prompts, parts = self.rollout.prompts_per_step, self.optim.num_minibatches
+        if prompts % parts:
+            raise ValueError(
+                f"rollout.prompts_per_step must be divisible by optim.num_minibatches; got {prompts} and {parts}"
+            )
         if (rows := self.rollout.prompts_per_step * self.rollout.num_generations) > MANY:
             raise ValueError(
                 f"rollout.num_generations × rollout.prompts_per_step gives {rows:,} completions in a step: the maximum "

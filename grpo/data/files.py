@@ -120,12 +120,13 @@ def _matching(name: str) -> list[Path]:
 def _check_split(paths: Sequence[Path], split: str) -> None:
     if split != "train":
         what = "a file is" if len(paths) == 1 else "files are"
-        raise UserError(f"data {paths[0]}: {what} one split, 'train'; there is no {split!r}")
+        raise UserError(f"data {paths[0]}: {what} one split, 'train'; there is no {split!r} (data.split, eval.split)")
 
 
 def _check_there(path: Path) -> None:
     if not path.is_file():
-        raise UserError(f"data {path}: there is no such file")
+        looked = "" if path.is_absolute() else f" (grpo looks in {Path.cwd()}, and next to a recipe's file)"
+        raise UserError(f"data {path}: there is no such file{looked}")
     if path.stat().st_size == 0:
         raise UserError(f"data {path}: the file is empty")
 

@@ -151,7 +151,7 @@ class Trainer:
 
         Ctrl-C (a notebook's "interrupt") ends training, saves the last finished step, and raises KeyboardInterrupt. It
         does not replace signal handlers that you have set, and handles no other signal. Raises UserError if the folder
-        holds another run, and RunError if the run cannot continue, or if no step had a training signal.
+        already holds a run, and RunError if the run cannot continue, or if no step had a training signal.
         """
         self._refuse_while_training()
         if overwrite:

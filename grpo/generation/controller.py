@@ -109,7 +109,7 @@ class Automatic(Always):
 
     @property
     def description(self) -> str:
-        return "drafts where they pay, judged by step times on this machine (rollout.speculate: auto)"
+        return "drafts tokens when measured step times show a gain (rollout.speculate: auto)"
 
     def width(self, rows: Sequence[Row | None]) -> int:
         case = StepKind.of(rows)

@@ -244,7 +244,9 @@ def model_config(cfg: ModelConfig) -> dict[str, Any]:
     if cfg.name in CONFIGS:
         return CONFIGS[cfg.name]
     if cfg.name.startswith("builtin:"):
-        raise UserError(f"model {cfg.name} has no config.json: `grpo train ... --dry-run` shows the plan of its run")
+        raise UserError(
+            f"model {cfg.name} has no config.json to estimate from: `grpo train RECIPE --dry-run` prints its plan"
+        )
     file = Path(cfg.name).expanduser() / "config.json"
     file = file if file.is_file() else _fetched(cfg)
     try:

@@ -193,7 +193,7 @@ def _verdict(measured: _Measured, policy: Policy, kv_bits: int | None) -> str:
         f"decoded against teacher-forced logprobs: mean gap {mean:.1e}, max {worst:.1e} (bound on the mean {bound:.0e})"
     )
     if measured.moved is not None:
-        line += f", with a random adapter that moves them by {measured.moved:.1g}"
+        line += f", with a random adapter that changes logprobs by {measured.moved:.1g}"
         if not measured.moved >= 3 * bound:
             line += ": too little to tell whether decoding uses the adapter"
     if not mean <= bound:

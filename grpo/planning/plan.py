@@ -114,7 +114,9 @@ class Plan:
     def _of_drafts(self) -> list[str]:
         if self.fed == 1:
             return []
-        return [f"drafts may take {size_of(self.drafts)} more, for steps of up to {self.fed} tokens per row"]
+        return [
+            f"drafted tokens may take {size_of(self.drafts)} more: a decoding step has up to {self.fed} tokens per row"
+        ]
 
     @property
     def _longer(self) -> str:

@@ -32,7 +32,7 @@ def position_note(model: nn.Module, prompt: int, completion: int) -> str | None:
         return f"{said}: its rope_scaling may reach further, so read long completions before you trust them"
     raise UserError(
         f"{said}. Lower rollout.max_completion_length or data.max_prompt_length, or choose a model with a longer "
-        "context (some models have a longer one with a rope_scaling in their config.json)"
+        "context (for some models, a rope_scaling in config.json gives a longer context)"
     )
 
 

@@ -257,7 +257,7 @@ def _delete_run(folder: Path) -> None:
 def check_run_folder(cfg: Recipe, overwrite: bool, dry: bool = False) -> Path:
     """The folder of the run. A `dry` run writes nothing, so it may use the folder of another run.
 
-    Raises UserError if the folder holds another run that must not be overwritten, or files that no run wrote, or if it
+    Raises UserError if the folder holds a run that must not be overwritten, or files that no run wrote, or if it
     is not writable.
     """
     assert cfg.output_dir is not None
@@ -269,7 +269,7 @@ def check_run_folder(cfg: Recipe, overwrite: bool, dry: bool = False) -> Path:
             _settle(folder)
         if is_run(folder) and not (overwrite or failed_at_once(folder)):
             raise UserError(
-                f"{folder} holds another run: resume it (--resume), name another folder (output_dir=...) or replace "
+                f"{folder} already holds a run: resume it (--resume), name another folder (output_dir=...) or replace "
                 "the run (--overwrite)"
             )
     foreign = [name for name in WRITTEN if (folder / name).exists()]

@@ -118,7 +118,7 @@ def find_start(
     steps, or as a branch in a new folder. A `dry` run changes nothing; a note says how to train despite a run in its
     folder.
 
-    Raises UserError for a recipe that contains a secret, for a folder that holds another run, if every checkpoint is
+    Raises UserError for a recipe that contains a secret, for a folder that already holds a run, if every checkpoint is
     damaged, and if recipe, code or data differ from those of the checkpoint, unless they may have `changed`.
     """
     assert cfg.output_dir is not None

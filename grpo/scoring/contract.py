@@ -105,7 +105,8 @@ class Reward:
         except ValueError:  # a builtin without a signature
             return None
         except TypeError as error:
-            return f"{error}; grpo calls it with {', '.join(sorted(given))} (let it take **_ for those it does not use)"
+            remedy = "add **_ to its parameters for arguments that it does not use"
+            return f"{error}; grpo calls it with {', '.join(sorted(given))} ({remedy})"
         return None
 
     def __call__(self, columns: Columns, state: Mapping[str, Any]) -> Answer:

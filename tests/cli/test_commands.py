@@ -85,7 +85,7 @@ def test_a_folder_with_another_run_is_not_touched(run_cli, recipe) -> None:
     before = Path("runs/toy/metrics.jsonl").read_text()
     again = run_cli("train", recipe)
     assert again.code == 2
-    assert "runs/toy holds another run: resume it (--resume), name another folder (output_dir=...) or" in again.err
+    assert "runs/toy already holds a run: resume it (--resume), name another folder (output_dir=...) or" in again.err
     assert Path("runs/toy/metrics.jsonl").read_text() == before
     assert run_cli("train", recipe, "optim.steps=1", "--overwrite").code == 0
     assert len(lines(Path("runs/toy/metrics.jsonl"))) == 1
@@ -207,7 +207,7 @@ def test_a_checkpoint_is_a_target_too(run_cli, recipe) -> None:
         ("loss.use=digits.py:rewrd", "no function 'rewrd' in it. Did you mean 'reward'?"),
         ("loss.epsilon_max=2", "loss.epsilon_max does nothing with the clip surrogate of dapo"),
         ("loss.kl_estimator=k1", "loss.kl_estimator does nothing while loss.beta is 0"),
-        ("optim.num_minibatches=4", "must be divisible by optim.num_minibatches"),
+        ("optim.num_minibatches=4", "must be divisible by optim.num_minibatches; got"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(run_cli, recipe, tmp_path, override: str, said: str) -> None:

@@ -81,7 +81,7 @@ def test_it_is_said_how_tokens_are_drafted(generator) -> None:
     generator.speculation = Always(2)
     assert generator.describe()[-1] == "speculation: every step feeds a row 1 draft (rollout.speculate: 1)"
     generator.speculation = Automatic()
-    assert generator.describe()[-1].startswith("speculation: drafts where they pay")
+    assert generator.describe()[-1].startswith("speculation: drafts tokens when")
     generator.speculation.most = 1
     assert generator.describe()[-1] == "speculation: off, because memory has no room for steps of several tokens"
     generator.speculation = Always(8)

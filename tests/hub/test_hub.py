@@ -74,7 +74,7 @@ def test_what_was_fetched_once_is_not_fetched_again_nor_needs_the_hub(trained: H
     for other in (config, commit):  # `datasets` would hand out whatever it cached last
         assert other.returncode == 2
         assert "the Hub cannot be reached" in last_line(other.stderr)
-        assert "the cache does not have all of it" in last_line(other.stderr)
+        assert "the cache has no complete copy" in last_line(other.stderr)
     assert unsent.returncode == 2
     assert "the export is in unsent, but was not uploaded" in last_line(unsent.stderr)
     assert "the Hub cannot be reached ([Errno" in last_line(unsent.stderr)

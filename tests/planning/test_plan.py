@@ -289,10 +289,11 @@ def test_steps_are_as_wide_as_is_asked_for_and_the_slots_leave(speculate: str | 
     assert ample.fed == widest
     if widest == 1:
         assert ample.drafts == 0
-        assert not any("drafts" in line for line in ample.lines())
+        assert not any("drafted tokens" in line for line in ample.lines())
     else:
         assert ample.drafts == load.need().wider(decoding, ample.slots, widest) > 0
-        said = f"drafts may take {planning.size_of(ample.drafts)} more, for steps of up to {widest} tokens per row"
+        size = planning.size_of(ample.drafts)
+        said = f"drafted tokens may take {size} more: a decoding step has up to {widest} tokens per row"
         assert ample.lines()[-1] == said
     decoding.narrow = "it cannot"
     assert (plan(2**40).fed, plan(2**40).drafts) == (1, 0)
@@ -307,7 +308,7 @@ def test_steps_are_as_wide_as_is_asked_for_and_the_slots_leave(speculate: str | 
             assert (short.slots, short.fed) == (ample.slots, fed)
             assert 0 <= short.kept_bytes < more
             assert short.drafts == (load.need().wider(decoding, short.slots, fed) if fed > 1 else 0)
-            assert any("drafts" in line for line in short.lines()) == (fed > 1)
+            assert any("drafted tokens" in line for line in short.lines()) == (fed > 1)
 
 
 def test_a_cpu_chooses_small_micro_batches_by_sizes_and_not_by_what_was_measured(monkeypatch) -> None:

@@ -39,7 +39,7 @@ def test_a_run_killed_while_replacing_another(recipe) -> None:
     with run_folder(cfg, overwrite=False):
         (folder / "metrics.jsonl").write_text("a")
     killed(folder, "b")  # before its first step: the former run comes back
-    with pytest.raises(UserError, match="holds another run"), run_folder(cfg, overwrite=False):
+    with pytest.raises(UserError, match="already holds a run"), run_folder(cfg, overwrite=False):
         pass
     assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "recipe.yaml"]
     assert "# b" not in (folder / "recipe.yaml").read_text()
@@ -62,7 +62,7 @@ def test_a_run_killed_while_putting_another_aside(recipe, moved: int) -> None:
     (folder / ".former").mkdir()
     for name in [name for name in WRITTEN if name in before][:moved]:
         (folder / name).rename(folder / ".former" / name)
-    with pytest.raises(UserError, match="holds another run"), run_folder(cfg, overwrite=False):
+    with pytest.raises(UserError, match="already holds a run"), run_folder(cfg, overwrite=False):
         pass
     assert {path.name: path.read_text() for path in folder.iterdir()} == before
 

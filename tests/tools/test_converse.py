@@ -83,7 +83,7 @@ def test_an_environment_that_samples_by_itself_has_the_text_of_all_turns(convers
 def test_a_run_without_conversations_takes_a_prompt(recipe: Path, run_cli) -> None:
     run(recipe, "optim.steps=1")
     assert "--row requires a run with an environment" in run_cli("generate", "runs/toy", "--row", "1").err
-    assert "give a prompt" in run_cli("generate", "runs/toy").err
+    assert "a prompt is missing" in run_cli("generate", "runs/toy").err
 
 
 def test_a_dataset_without_prompts(conversing: Path, run_cli) -> None:  # noqa: F811

@@ -51,8 +51,8 @@ def equal_rewards(past: PastSteps, metrics: StepMetrics, _: AlarmTerms) -> Sign 
 
 
 def _same_reward(metrics: StepMetrics) -> float | None:
-    """The reward that all completions of the step have. None for 0 and 1, because all may be wrong or right, and if most
-    completions were cut, which makes rewards equal, too."""
+    """The reward that all completions of the step have. None for 0 and 1, because all may be wrong or right, and if
+    most completions were cut, which makes rewards equal, too."""
     found = {rollout.reward for group in metrics.groups for rollout in group.rollouts}
     cut = metrics.values.get("completions/clipped_ratio", 0.0) > 0.5 or mostly_cut(metrics.groups)
     reward = found.pop() if len(found) == 1 and not cut else None

@@ -114,6 +114,14 @@ def test_what_is_said_to_be_here_is_here() -> None:
     [
         ("adapter.lora_alpha=32", "TRL's lora_alpha is adapter.scale here (alpha / rank, so alpha is scale × rank)."),
         ("optim.num_train_epochs=3", "TRL's num_train_epochs is optim.steps here (counts rollouts: for epochs it is"),
+        (
+            "per_device_train_batch_size=8",
+            "TRL's per_device_train_batch_size is rollout.prompts_per_step here (batch × accumulation × processes",
+        ),
+        (
+            "optim.gradient_accumulation_steps=8",
+            "TRL's gradient_accumulation_steps is rollout.prompts_per_step here (batch × accumulation × processes",
+        ),
         ("reward_weights=[1, 2]", "TRL's reward_weights is rewards.0.weight here (each reward has its own: rewards.N"),
         ("vllm_mode=colocate", "TRL's vllm_mode is not a setting here: one model samples and trains: there is no"),
         (

@@ -135,7 +135,7 @@ class Ranks:
         if self.size == 1:
             raise UserError(
                 "model.shard divides a model among processes, but this is a single process. Start several, with "
-                f"mlx.launch -n {size or 2} ... grpo train, or remove model.shard"
+                f"mlx.launch -n {size or 2} ... grpo train, or remove model.shard (on resuming: model.shard=null)"
             )
         size = size or self.size
         if size > self.size or self.size % size:

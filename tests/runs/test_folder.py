@@ -76,12 +76,12 @@ def test_a_checkpoint_stays_where_no_step_is_on_record(recipe) -> None:
         saved.parent.mkdir(parents=True)
         saved.write_text("")
         (folder / ".ended").write_text("failed\nZeroDivisionError\n")
-    with pytest.raises(UserError, match="holds another run"), run_folder(cfg, overwrite=False):
+    with pytest.raises(UserError, match="already holds a run"), run_folder(cfg, overwrite=False):
         pass
     assert saved.exists()
     killed(folder, "b")
     (folder / "checkpoints/step-000002").mkdir(parents=True)  # saved, so the former run is gone
-    with pytest.raises(UserError, match="holds another run"), run_folder(cfg, overwrite=False):
+    with pytest.raises(UserError, match="already holds a run"), run_folder(cfg, overwrite=False):
         pass
     assert (folder / "checkpoints/step-000002").exists()
     assert not (folder / ".former").exists()

@@ -107,7 +107,7 @@ class Watch:
         return self.rank == next(rank for rank in range(self.size) if rank != lost)
 
     def verdict(self, seconds: float) -> LostRank | None:
-        """The lost process, as soon as it is known; None if it is not known after `seconds`."""
+        """Wait up to `seconds` for the lost process to be known. Returns None if it is still unknown."""
         self._loss_known.wait(seconds)
         return self.loss
 

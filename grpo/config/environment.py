@@ -131,7 +131,7 @@ class EnvironmentConfig(Section):
 
     @property
     def called(self) -> str:
-        """The name of the environment, as far as it is known before its code is loaded."""
+        """The environment's name, or what is known of it before its code is loaded."""
         if self.name is not None:
             return self.name
         if self.command:

@@ -45,7 +45,7 @@ class SuffixAutomaton:
         return state
 
     def follow(self, state: int, tokens: Iterable[int]) -> int:
-        """The state after a sequence and more tokens, without adding these: that of the longest known context."""
+        """The state of the longest known context after a sequence and more tokens. Adds no tokens."""
         following, link = self._next, self._link
         for token in tokens:
             while state != ROOT and token not in following[state]:

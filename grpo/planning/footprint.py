@@ -113,7 +113,7 @@ class Footprint:
             body = outside + self.inside * min(tokens, self.most_inside) + self.gathered
             if shape.alone and self.alone is not None:
                 constant, each = self.alone
-                body = constant + each * tokens
+                body = constant + each * tokens + self.gathered
         waits = min(body, self.kept * max(body, outside + self.inside * tokens))  # tiles do not reduce this part
         projected = shape.lines * shape.width or shape.rows * shape.length
         copies = min(self.most_copies, self.logit_copies * -(-projected // self.chunk))
@@ -181,8 +181,9 @@ def measure_footprint(policy: Policy, checkpointing: bool, memory: int | None = 
     shapes = probes(_unit(policy.most_pairs))
     with nullcontext() if policy.spread is None else policy.spread.frozen():  # `spread_footprint` adds their gradients
         bodies = measure_body(policy, checkpointing, shapes)
-    extents = [extent(shape, policy.share_prompts, checkpointing) for shape in shapes]
-    token, pair = line_through(extents, bodies)
+        extents = [extent(shape, policy.share_prompts, checkpointing) for shape in shapes]
+        token, pair = line_through(extents, bodies)
+        alone = _of_long_rows(policy, token, memory) if checkpointing else None
     vocabulary = policy.vocabulary
     fixed = sum(4 * array.size for _, array in tree_flatten(policy.model.trainable_parameters()))
     head = bytes_at_work(policy.model, on_gpu())
@@ -190,8 +191,9 @@ def measure_footprint(policy: Policy, checkpointing: bool, memory: int | None = 
     rows = 4 * vocabulary, chunk_tokens(vocabulary, policy.logits)
     depth = len(policy.model.layers)
     limits = policy.most_pairs, MOST_COPIES[on_gpu()]
-    found = Footprint(fixed, token, pair, *rows, policy.share_prompts, checkpointing, head, depth, *limits)
-    return replace(found, alone=_of_long_rows(policy, token, memory)) if checkpointing else found
+    return Footprint(
+        *(fixed, token, pair, *rows, policy.share_prompts, checkpointing, head, depth, *limits), alone=alone
+    )
 
 
 def _of_long_rows(policy: Policy, token: float, memory: int | None) -> tuple[float, float] | None:

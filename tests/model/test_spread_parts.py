@@ -121,6 +121,18 @@ def test_the_gradient_of_spread_weights_is_not_measured_as_if_it_were_whole() ->
     assert 0 < spread.token < 0.9 * whole.token
 
 
+def test_nor_is_it_beside_long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo.backend.cuda.available", lambda: True)
+    monkeypatch.setattr("grpo.planning.footprint.LONG_ROWS", (128, 256))
+    policy = spread_policy()
+    in_parts = measure_footprint(policy, True).alone
+    policy.spread = None
+    whole = measure_footprint(policy, True).alone
+    assert in_parts is not None
+    assert whole is not None
+    assert in_parts[0] + 256 * in_parts[1] < 0.9 * (whole[0] + 256 * whole[1])
+
+
 def test_what_is_small_and_what_nobody_knows_how_to_use_stays_whole() -> None:
     policy = spread_policy()
     paths = {path for path, _ in tree_flatten(policy.model.parameters())}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
 from conftest import make_model
@@ -23,6 +25,7 @@ def alone(width: int) -> Shape:
 def test_the_line_is_of_rows_alone() -> None:
     measured = Footprint(7, 10.0, 0.0, 0, 1, True, True, alone=(100.0, 3.0))
     assert measured.bytes(alone(50)) == 7 + 100 + 150
+    assert replace(measured, gathered=11).bytes(alone(50)) == 11 + measured.bytes(alone(50))  # a layer is whole then
     assert measured.bytes(Shape(1, 25, 1, 25)) == measured.bytes(Shape(1, 50, 1, 50, 1, 50)) == 7 + 500
 
 
